@@ -117,7 +117,7 @@ class VLMServer(Protocol):
     def catalog(self, timeout_s: float) -> Catalog:
         """Ask whether the model exists on the server's disk, and its size.  Never raises."""
 
-    def load(
+    def load_model(
         self,
         *,
         keep_alive_s: float,
@@ -131,7 +131,7 @@ class VLMServer(Protocol):
         the load's socket, which kills the load in the server, and raises `LoadAborted`.
         """
 
-    def unload(self, *, timeout_s: float) -> None:
+    def unload_model(self, *, timeout_s: float) -> None:
         """Send one unload request.  Returning means *accepted*, never *gone*; ask `residency` for that."""
 
     def renew(self, *, keep_alive_s: float, timeout_s: float) -> None:
