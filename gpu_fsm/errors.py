@@ -335,6 +335,23 @@ class ReleaseUnproven(GPUFSMError):
 
 
 @define(kw_only=True, eq=False, slots=False)
+class ExternalClient(OllamaError):
+    """Another client of Ollama keeps undoing the placement."""
+
+    code: ClassVar[str] = "external_client"
+    retryable: ClassVar[bool] = True
+
+
+@define(kw_only=True, eq=False, slots=False)
+class PlacementLost(GPUFSMError):
+    """The placement was undone from outside and cannot be put right now."""
+
+    code: ClassVar[str] = "placement_lost"
+    retryable: ClassVar[bool] = True
+    bucket: ClassVar[Bucket] = "retry"
+
+
+@define(kw_only=True, eq=False, slots=False)
 class ClipError(GPUFSMError):
     """CLIP could not be loaded, moved or used."""
 
@@ -377,6 +394,13 @@ class GpuLost(GPUFSMError):
 
     code: ClassVar[str] = "gpu_lost"
     bucket: ClassVar[Bucket] = "restart_process"
+
+
+def displaced_by(kind: str) -> GPUFSMError:
+    """The answer to what a preempting request pushed aside."""
+    if kind == "close":
+        return ManagerClosed(detail="the manager was closed before this took effect")
+    return Superseded(detail="a newer request took this one's place")
 
 
 def one_line(text: object, limit: int = 200) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from attrs import field, frozen
 
+from gpu_fsm.errors import ClipUnavailable
 from gpu_fsm.status import Catalog, ClipPlace, Holder, LoadedModel, Residency, VRAMInfo
 
 if TYPE_CHECKING:
@@ -76,6 +78,19 @@ class Clock(Protocol):
 
     def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
         """Wait on a held `condition` until notified or until `timeout_s` of *this clock* has passed."""
+
+
+class RealClock:
+    """The machine's own monotonic time."""
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
+        condition.wait(timeout_s)
 
 
 @frozen(kw_only=True)
@@ -208,6 +223,31 @@ class CLIPHost(Protocol):
 
     def close(self) -> None:
         """Let go of the model."""
+
+
+class NoCLIP:
+    """The CLIPHost of a manager that manages no CLIP (`clip_model = None`)."""
+
+    simulated = False
+    place: ClipPlace = "none"
+    device = "none"
+    gpu_usable = False
+    gpu_unusable_reason = "no CLIP is managed"
+    needed_mib = 0.0
+    held_mib = 0.0
+
+    def to_gpu(self) -> None:
+        """There is nothing to move."""
+
+    def to_cpu(self) -> None:
+        """There is nothing to move."""
+
+    def encode(self, items: Sequence[object], *, batch_size: int = 32, normalize: bool = True) -> Embeddings:
+        """Always `ClipUnavailable`."""
+        raise ClipUnavailable(detail="no CLIP is managed", remedy="Set clip_model.")
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
 
 
 class VRAMProbe(Protocol):

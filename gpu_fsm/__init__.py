@@ -1,0 +1,56 @@
+"""A finite-state-machine engine that decides what is on the GPU of a local agent, and makes it so.
+
+Start with `GPUResourceManager`.  To understand the package, read `states.py` first.
+
+The map: imports point up this list only, from a later line to an earlier one; files on one line do not know each other.
+
+errors - exceptions with facts as attributes
+status - the words of the domain, and what is
+events - what happened
+ports - the Protocols to read to plug something else in
+settings - every setting, with its reason
+guards - the snapshot of one event, and the predicates on it
+states - the states, their promises, the table of all moves: read first
+tickets, leases - requests on their way; who uses which model
+machine - the table, running: the only file that knows transitions
+engine - the machine's memory and hands: looking, bookkeeping, the steps' work
+ollama, vram, clip - the adapters to Ollama, NVML and sentence-transformers
+driver - the one writer: mailbox, threads, timers, listeners
+arguments, handles - what callers hand in; what a lease gives them
+aio - the asyncio face
+manager - the public face
+agent - the reference agent: loop, detector, screen memory
+simulation - the simulated card, Ollama, CLIP and clock
+testing - the fuzz kit
+diagrams - drawing the running definition
+demo - the main job, told as a story
+cli - the command line
+"""
+
+from __future__ import annotations
+
+from gpu_fsm.errors import GPUFSMError
+from gpu_fsm.events import Event
+from gpu_fsm.manager import GPUResourceManager
+from gpu_fsm.settings import GPUResourceConfig, load_config
+from gpu_fsm.status import ExecutionMode, GPUResourceStatus, Hold, ModelState, Reason, State, VRAMInfo
+from gpu_fsm.tickets import Outcome
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Event",
+    "ExecutionMode",
+    "GPUFSMError",
+    "GPUResourceConfig",
+    "GPUResourceManager",
+    "GPUResourceStatus",
+    "Hold",
+    "ModelState",
+    "Outcome",
+    "Reason",
+    "State",
+    "VRAMInfo",
+    "__version__",
+    "load_config",
+]

@@ -1,0 +1,338 @@
+"""The one writer: a mailbox in front, the machine behind, tickets and records out.
+
+`threads / tasks -> mailbox -> driver -> machine -> tickets and events`.  A threaded driver has two daemon threads, one
+that drives and one that calls listeners.  An inline driver drives in the thread that waits; it serves tests and
+simulations, where virtual time passes only while somebody waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
+
+import attrs
+
+from gpu_fsm import errors
+from gpu_fsm.engine import Engine
+from gpu_fsm.events import Event
+from gpu_fsm.leases import LeaseBook, held_here
+from gpu_fsm.ports import CLIPHost, Clock, VLMServer, VRAMProbe
+from gpu_fsm.settings import GPUResourceConfig
+from gpu_fsm.states import STEPS
+from gpu_fsm.status import ClipPlace, ExecutionMode, GPUResourceStatus
+from gpu_fsm.tickets import Group, Kind, Mailbox, Ticket
+
+log = logging.getLogger("gpu_fsm")
+
+T = TypeVar("T")
+
+BACKLOG = 10_000
+"""Events that a stuck listener may leave lying before the oldest interest is lost; each is about 200 bytes."""
+
+Listener = Callable[[Event], None]
+
+
+class Driver:
+    """Everything that moves, without the public names."""
+
+    def __init__(
+        self,
+        config: GPUResourceConfig,
+        *,
+        server: VLMServer,
+        clip: CLIPHost,
+        probe: VRAMProbe,
+        clock: Clock,
+        threaded: bool,
+    ) -> None:
+        self.config, self.server, self.clip, self.probe, self.clock = config, server, clip, probe, clock
+        self.threaded = threaded
+        self.pid = os.getpid()
+        self.mailbox = Mailbox()
+        self._wake = threading.Condition()
+        self.leases = LeaseBook(clock.monotonic, self.notify)
+        self._status = GPUResourceStatus()
+        self._listeners: tuple[tuple[Listener, frozenset[str]], ...] = ()
+        self._listener_errors = 0
+        self._events: queue.Queue[Event | None] = queue.Queue(maxsize=BACKLOG)
+        self._reports: list[errors.GPUFSMError] = []
+        self._post_lock = threading.Lock()
+        self._closing: Future[object] | None = None
+        self.closed = False
+        self._drive_lock = threading.Lock()
+        self._driving: int | None = None
+        self.engine = Engine(
+            config,
+            server=server,
+            clip=clip,
+            probe=probe,
+            clock=clock,
+            mailbox=self.mailbox,
+            leases=self.leases,
+            owner=self,
+        )
+        self.engine.publish()
+        self._threads: tuple[threading.Thread, ...] = ()
+        if threaded:
+            self._threads = (
+                threading.Thread(target=self._drive_forever, name="gpu_fsm-driver", daemon=True),
+                threading.Thread(target=self._dispatch_forever, name="gpu_fsm-events", daemon=True),
+            )
+            for thread in self._threads:
+                thread.start()
+
+    # --- posting: from any thread, never blocks -----------------------------------------------------------------------------
+
+    def post(
+        self,
+        kind: Kind,
+        *,
+        mode: ExecutionMode | None = None,
+        place: ClipPlace | None = None,
+        preempt: bool = False,
+        lease_for: str | None = None,
+    ) -> Ticket:
+        """Put a request into the mailbox."""
+        self.check_usable(closing=kind == "close")
+        ticket = Ticket(
+            kind=kind,
+            mode=mode,
+            place=place,
+            preempt=preempt,
+            lease_for=lease_for,
+            holds=held_here(),
+            posted_at=self.clock.monotonic(),
+        )
+        displaced = self.mailbox.post(ticket)
+        for other in displaced:
+            other.refuse(errors.displaced_by(kind))
+        if preempt:
+            self.engine.interrupt(ticket)
+        self.notify()
+        return ticket
+
+    def post_close(self) -> Future[object]:
+        """Ask for the end, once; everybody who asks gets the same future."""
+        with self._post_lock:
+            if self._closing is None:
+                self._closing = self.post("close", preempt=True).future  # type: ignore[assignment]
+            assert self._closing is not None
+            return self._closing
+
+    def report(self, error: errors.GPUFSMError) -> None:
+        """Somebody met an error while using a model: look at once, and take the loss of the GPU at its word."""
+        if isinstance(error, errors.CudaPoisoned | errors.GpuLost):
+            self._reports.append(error)
+        self.engine.check_soon()
+        self.notify()
+
+    def notify(self) -> None:
+        """Wake the driver."""
+        with self._wake:
+            self._wake.notify_all()
+
+    def check_usable(self, *, closing: bool = False) -> None:
+        """Raise where this manager cannot serve any more."""
+        if os.getpid() != self.pid:
+            raise errors.ForkedProcess(
+                detail="this manager belongs to the parent process",
+                remedy="Make a new one after the fork, or use GPUResourceManager.shared() in the child.",
+            )
+        if self.closed or (self._closing is not None and not closing):
+            raise errors.ManagerClosed(detail="the manager is closed", remedy="Make a new one.")
+
+    # --- waiting -------------------------------------------------------------------------------------------------------------
+
+    def wait(self, future: Future[T], timeout_s: float | None) -> T:
+        """Wait for a future; an inline driver drives meanwhile.  The timeout ends the waiting, not the work."""
+        me = threading.get_ident()
+        if me == self._driving or (self._threads and me == self._threads[0].ident):
+            raise errors.WouldDeadlock(
+                detail="a blocking call from the thread that drives the machine",
+                remedy="Use the submit_ methods there, or call from another thread.",
+            )
+        if not self.threaded:
+            self._drive_until(future.done, timeout_s)
+        try:
+            return future.result(timeout_s if self.threaded else 0)
+        except TimeoutError as error:
+            if future.done():
+                raise
+            raise errors.OperationTimeout(
+                detail=f"no answer within {timeout_s:g} s; the operation goes on",
+                remedy="Wait longer, or look at get_status().",
+                timeout_s=timeout_s or 0.0,
+            ) from error
+
+    def drive_for(self, seconds: float) -> None:
+        """Inline only: let `seconds` of the clock pass, serving whatever falls due."""
+        self._drive_until(lambda: False, seconds)
+
+    def _drive_until(self, done: Callable[[], bool], timeout_s: float | None) -> None:
+        if self._driving == threading.get_ident():
+            raise errors.WouldDeadlock(detail="this thread is driving the machine already")
+        deadline = None if timeout_s is None else self.clock.monotonic() + timeout_s
+        while not done():
+            with self._drive():
+                if done():
+                    return
+                if self._next():
+                    continue
+                due = self._due()
+            now = self.clock.monotonic()
+            if deadline is not None and now >= deadline:
+                return
+            ends = [moment for moment in (due, deadline) if moment is not None]
+            if not ends:
+                return  # closed: nothing will ever happen again
+            self.clock.sleep(max(0.0, min(ends) - now))
+
+    @contextlib.contextmanager
+    def _drive(self) -> Iterator[None]:
+        with self._drive_lock:
+            self._driving = threading.get_ident()
+            try:
+                if self.engine.state in STEPS:
+                    self.engine.repair()  # the last drive was cut off by a KeyboardInterrupt
+                yield
+            finally:
+                self._driving = None
+        if not self.threaded:
+            self._dispatch_pending()
+
+    # --- driving ---------------------------------------------------------------------------------------------------------------
+
+    def _next(self) -> bool:
+        """Do the next thing there is to do: reports, the waiting ticket, the mailbox, timers.  False if nothing is due."""
+        engine = self.engine
+        if self.closed:
+            return False
+        if self._reports:
+            engine.fault(self._reports.pop(0))
+            return True
+        if engine.waiting and self.mailbox.head_preempts():
+            self._refuse(engine.drop_waiting())
+        if engine.waiting:
+            if engine.waiting_is_due():
+                engine.deliver(engine.waiting)
+                return self._after()
+        else:
+            group = self.mailbox.take()
+            if group:
+                engine.deliver(group)
+                return self._after()
+        now = self.clock.monotonic()
+        due = [(at, name) for name, at in engine.timers().items() if at <= now and name != "drain"]
+        if due:
+            engine.fire_timer(min(due)[1])
+            return self._after()
+        return False
+
+    def _after(self) -> bool:
+        """Close for good once the close ticket has been answered."""
+        closing = self._closing
+        if closing is not None and closing.done() and not self.closed:
+            self.closed = True
+            closed = errors.ManagerClosed(detail="the manager is closed")
+            for ticket in (*self.mailbox.clear(), *self.engine.drop_waiting()):
+                ticket.refuse(closed)
+            self.leases.vlm_ready(float("-inf"))
+            self.leases.fail_waiters(closed)
+        return True
+
+    def _refuse(self, group: Group) -> None:
+        error = errors.displaced_by("close" if self._closing is not None else "request")
+        for ticket in group:
+            ticket.refuse(error)
+
+    def _due(self) -> float | None:
+        if self.closed:
+            return None
+        return min(self.engine.timers().values(), default=None)
+
+    def _has_work(self) -> bool:
+        if self._reports or self.engine.waiting_is_due():
+            return True
+        if len(self.mailbox) and (not self.engine.waiting or self.mailbox.head_preempts()):
+            return True
+        due = self._due()
+        return due is not None and due <= self.clock.monotonic()
+
+    def _drive_forever(self) -> None:
+        while not self.closed:
+            with self._wake:
+                while not self._has_work():
+                    due = self._due()
+                    self.clock.wait(self._wake, None if due is None else max(0.0, due - self.clock.monotonic()))
+            with self._drive():
+                self._next()
+        self._events.put(None)
+
+    # --- telling ---------------------------------------------------------------------------------------------------------------
+
+    def publish(self, status: GPUResourceStatus) -> None:
+        """Replace the status as a whole."""
+        self._status = status
+
+    def status(self) -> GPUResourceStatus:
+        """The last published status with what changes without the driver.  Takes no lock, does no I/O."""
+        return attrs.evolve(
+            self._status,
+            leases=self.leases.snapshot,
+            queued=len(self.mailbox),
+            now_at=self.clock.monotonic(),
+            closed=self.closed,
+            listener_errors=self._listener_errors,
+        )
+
+    def tell(self, event: Event) -> None:
+        """Queue an event for the listeners."""
+        with contextlib.suppress(queue.Full):
+            self._events.put_nowait(event)
+
+    def subscribe(self, listener: Listener, kinds: frozenset[str]) -> Callable[[], None]:
+        """Call `listener` for events of `kinds` (all if empty), from the dispatch thread."""
+        entry = (listener, kinds)
+        with self._post_lock:
+            self._listeners = (*self._listeners, entry)
+
+        def unsubscribe() -> None:
+            with self._post_lock:
+                self._listeners = tuple(other for other in self._listeners if other is not entry)
+
+        return unsubscribe
+
+    def _dispatch_forever(self) -> None:
+        while (event := self._events.get()) is not None:
+            self._dispatch(event)
+
+    def _dispatch_pending(self) -> None:
+        while True:
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                return
+            if event is not None:
+                self._dispatch(event)
+
+    def _dispatch(self, event: Event) -> None:
+        for listener, kinds in self._listeners:
+            if kinds and event.kind not in kinds:
+                continue
+            try:
+                listener(event)
+            except Exception:
+                self._listener_errors += 1
+                log.exception("gpu_fsm: a listener of %s raised", event.kind)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the threads to end after a close."""
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout_s)

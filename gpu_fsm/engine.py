@@ -1,0 +1,1334 @@
+"""The machine's memory and hands: what the rows' actions do, and what each step does to the world.
+
+Everything here runs on the one driving thread, one event at a time.  `observe` looks (and never raises), `take` keeps
+the books of a row, `announce` publishes, `work` acts.  The table decides; the engine only carries out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+
+import attrs
+from attrs import frozen
+
+from gpu_fsm import errors, guards
+from gpu_fsm.errors import GPUFSMError, one_line
+from gpu_fsm.events import (
+    Degraded,
+    Event,
+    ForeignEvicted,
+    IdleUnload,
+    ModeChanged,
+    Recovered,
+    ResourceChanged,
+    StateChanged,
+    VLMLost,
+)
+from gpu_fsm.guards import PROOF, Aim, Observation, Plan, Snapshot, hold_of, target
+from gpu_fsm.leases import LeaseBook
+from gpu_fsm.machine import ModeMachine
+from gpu_fsm.ports import CLIPHost, Clock, Interrupt, VLMServer, VRAMProbe
+from gpu_fsm.settings import GPUResourceConfig
+from gpu_fsm.states import STABLE, STANDING, STEPS, Row
+from gpu_fsm.status import (
+    Answer,
+    Catalog,
+    ExecutionMode,
+    GPUResourceStatus,
+    Hold,
+    LoadedModel,
+    ModelState,
+    Reason,
+    Residency,
+    State,
+    TimerInfo,
+    VRAMInfo,
+)
+from gpu_fsm.tickets import Group, Mailbox, Outcome, Ticket, newest
+
+log = logging.getLogger("gpu_fsm")
+
+ABSENCE_S = 0.5
+"""An aborted load is gone when Ollama denied it for this long: it polls its runner every 0.25 s."""
+
+OLLAMA_PROCESSES = ("ollama", "llama")
+"""In the names of Ollama's server and runners: `ollama`, `llama-server`, `ollama_llama_server`."""
+
+DISK_TO_VRAM = 1.2
+"""A model needs more on the card than on disk: context and projector."""
+
+
+@frozen(kw_only=True)
+class JournalRecord:
+    """One row taken: the journal is the machine's whole life, in order and without gaps."""
+
+    n: int
+    at: float
+    trigger: str
+    source: State
+    dest: State
+    row: str
+    verdicts: Mapping[str, bool]
+    plan: Plan
+    tickets: tuple[int, ...] = ()
+
+
+class Manager(Protocol):
+    """What the engine needs from its owner."""
+
+    def tell(self, event: Event) -> None:
+        """Hand an event to the listeners, elsewhere and later."""
+
+    def publish(self, status: GPUResourceStatus) -> None:
+        """Replace the status."""
+
+
+class Engine:
+    """The private model of one manager.  See the module's first lines for the order of its life."""
+
+    def __init__(
+        self,
+        config: GPUResourceConfig,
+        *,
+        server: VLMServer,
+        clip: CLIPHost,
+        probe: VRAMProbe,
+        clock: Clock,
+        mailbox: Mailbox,
+        leases: LeaseBook,
+        owner: Manager,
+    ) -> None:
+        self.config = config
+        self._server, self._clip, self._probe, self._clock = server, clip, probe, clock
+        self._mailbox, self._leases, self._owner = mailbox, leases, owner
+        self.machine = ModeMachine(self)
+        self.journal: deque[JournalRecord] = deque(maxlen=config.journal_size)
+        self._records = 0
+
+        now = clock.monotonic()
+        # What stands and what is pursued
+        self.mode = ExecutionMode.IDLE
+        self.asked_mode = ExecutionMode.IDLE
+        self._standing = Aim(mode=ExecutionMode.IDLE)
+        self._aim = self._standing
+        self._previous: Aim | None = None
+        self._seq = 0
+        self._since = self._stood_since = now
+        # Who is served
+        self._serving: Group = ()
+        self.waiting: Group = ()
+        self._waiting_models: frozenset[str] = frozenset()
+        self._lease_version = leases.version
+        # What is known
+        self._seen = Observation()
+        self._catalog = Catalog()
+        self._snapshot = Snapshot()
+        self._told_free: float | None = None
+        self._gpu_expected = False
+        self._vlm_ours = False
+        self._vlm_measured_mib: float | None = None
+        self._evidence: Literal["measured", "reported", "none"] = "none"
+        self._unknown_since: float | None = None
+        self._below_since: float | None = None
+        self._raised_need_mib: tuple[float, float] | None = None  # (needed, until)
+        self._others_before: tuple[LoadedModel, ...] = ()
+        # What went wrong
+        self._failure: GPUFSMError | None = None
+        self._reason: Reason | None = None
+        self._failed_in = State.IDLE
+        self._leftovers: tuple[str, ...] = ()
+        self._cause_print: tuple[object, ...] = ()
+        self._degraded_at = now
+        self._attempt = 0
+        self._looked_recoverable = False
+        self._reassertions: deque[float] = deque()
+        # Timers
+        self._check_at = now  # the first look is at once: what is resident may be older than we are
+        self._recover_at = now
+        self._idle_not_before = now
+        self._server_until = float("-inf")
+        # The running step
+        self._interrupt: Interrupt | None = None
+        self._step_seq = 0
+        self._released = False
+        self._release_error: GPUFSMError | None = None
+        self._aborted_load: tuple[float | None] | None = None
+        self._idle_since: float | None = None
+
+    # =====================================================================================================================
+    # Events in
+
+    @property
+    def state(self) -> State:
+        """The machine's state."""
+        return self.machine.state
+
+    def deliver(self, group: Group) -> None:
+        """Serve a group of equal tickets, and everything that follows from it, to the next stable state."""
+        if group is self.waiting:
+            self.waiting = ()
+        self._serving = group
+        self._seq = max(self._seq, newest(group))
+        self._run(group[0].kind, ticket=group[0])
+        self._finish_event()
+
+    def fire(self, trigger: str, **facts: Any) -> None:
+        """Deliver an event that nobody waits for: a timer, or a fault that somebody saw."""
+        self._run(trigger, **facts)
+        self._finish_event()
+
+    def _run(self, trigger: str, **facts: Any) -> None:
+        try:
+            row = self.machine.fire(trigger, **facts)
+            if row is None:
+                self._failure = errors.InternalError(detail=f"no row for {trigger} in {self.state.name}")
+        except Exception as error:
+            log.exception("gpu_fsm: %s broke in %s", trigger, self.state.name)
+            self._failure = errors.InternalError(detail=one_line(repr(error)), remedy="Please report it.")
+            self.repair()
+
+    def repair(self) -> None:
+        """Bring a machine that was torn out of a step back to a stable state.
+
+        Needed after a `KeyboardInterrupt` in an inline drive, and after a defect of ours: `transitions` has lost its
+        queue then, and the step's outcome with it.
+        """
+        if self.state in STEPS:
+            self._failure = self._failure or errors.InternalError(detail="the drive was cut off in the middle of a step")
+            if self.state is State.SHEDDING:
+                self.work(State.SHEDDING)
+            else:
+                self.machine.fire("fault")
+        self._finish_event()
+
+    def _finish_event(self) -> None:
+        served, self._serving = self._serving, ()
+        for ticket in served:
+            if ticket not in self.waiting and not ticket.future.done():
+                ticket.refuse(self._failure or errors.InternalError(detail=f"{ticket.asked} ended without an answer"))
+        self._failure = None
+        self._leases.open(self._waiting_models if self.waiting else ())
+        self._lease_version = self._leases.version
+        self.publish()
+
+    def fault(self, failure: GPUFSMError) -> None:
+        """Deliver an error that a user of a model met, and that no look can see."""
+        self._failure = failure
+        self.fire("fault")
+
+    def waiting_is_due(self) -> bool:
+        """Whether the waiting ticket deserves another look: a lease ended, or its time is over."""
+        if not self.waiting:
+            return False
+        return self._leases.version != self._lease_version or self._clock.monotonic() >= self._drain_due()
+
+    def drop_waiting(self) -> Group:
+        """Take the waiting tickets away (superseded, or the manager closes)."""
+        waiting, self.waiting = self.waiting, ()
+        return waiting
+
+    def interrupt(self, ticket: Ticket) -> None:
+        """From the posting thread: a preempting ticket arrived.  Cuts off a load that it has no use for."""
+        running = self._interrupt
+        if running is not None and ticket.seq > self._step_seq and not ticket.wants_vlm:
+            running.set()
+
+    # =====================================================================================================================
+    # Looking
+
+    def observe(self, trigger: str, facts: Mapping[str, Any]) -> Snapshot:
+        """Build the one snapshot of an event.  `fault` and `shed` reuse the last look."""
+        ticket: Ticket | None = facts.get("ticket")
+        if trigger not in ("fault", "shed"):
+            self._seen = self._look(trigger, ticket)
+        snapshot = self._snapshot_of(trigger, ticket)
+        if isinstance(guards.why_not(snapshot), errors.InsufficientVRAM):
+            # Only now: the driver needs milliseconds for its process list.
+            holders_of_card = tuple(str(holder) for holder in self._probe.holders() or ())
+            self._seen = attrs.evolve(self._seen, foreign_holders=holders_of_card)
+            snapshot = attrs.evolve(snapshot, seen=self._seen)
+        if self.state in STABLE and trigger not in ("fault", "shed"):
+            # Counting leases and closing the gate is one step; `_finish_event` opens it again.
+            closed = self._waiting_models if self.waiting else frozenset()
+            holders = self._leases.drain(snapshot.models_to_move | closed)
+            mine = ticket.holds if ticket else frozenset()
+            snapshot = attrs.evolve(
+                snapshot,
+                vlm_leased=bool(holders.vlm),
+                clip_leased=bool(holders.clip),
+                vlm_held_by_caller=bool(holders.vlm & mine),
+                clip_held_by_caller=bool(holders.clip & mine),
+            )
+            if trigger == "check" and guards.hold_lapsed(snapshot):
+                without = Aim(mode=self.mode, plan=target(self.mode, None, snapshot))
+                snapshot = attrs.evolve(snapshot, aim=without)
+        self._snapshot = snapshot
+        return snapshot
+
+    def _look(self, trigger: str, ticket: Ticket | None = None) -> Observation:
+        config, now = self.config, self._clock.monotonic()
+        vram = self._probe.read(config.observe_timeout_s)
+        residency = self._server.residency(config.observe_timeout_s)
+        clip, clip_needed = self._clip.place, self._clip.needed_mib
+        if residency.refused and self._server.on_our_card:
+            residency = self._silence(residency, vram, clip_needed)
+        wants_load = trigger in ("vlm_wanted", "recover") or (ticket is not None and ticket.wants_vlm)
+        if residency.answer is Answer.NO and not residency.refused and (wants_load or self.state is State.DEGRADED):
+            self._catalog = self._server.catalog(config.observe_timeout_s)
+        seen = Observation(
+            residency=residency,
+            catalog=self._catalog,
+            vram=vram,
+            clip=clip,
+            clip_device=self._clip.device,
+            clip_needed_mib=clip_needed if vram.present else 0.0,
+            clip_held_mib=self._clip.held_mib if vram.present else 0.0,
+            gpu_usable=self._gpu_expected_now(vram),
+            gpu_expected=self._gpu_expected,
+            gpu_unusable_reason=self._clip.gpu_unusable_reason,
+            at=now,
+        )
+        self._note_look(seen)
+        return seen
+
+    def _gpu_expected_now(self, vram: VRAMInfo) -> bool:
+        usable = self._clip.gpu_usable and not vram.lost
+        self._gpu_expected = self._gpu_expected or usable
+        return usable
+
+    def _silence(self, residency: Residency, vram: VRAMInfo, clip_needed: float) -> Residency:
+        """What a refused connection on this machine proves.
+
+        Nobody listens, but a runner orphaned by a killed server may hold memory.  So "not resident" needs a driver that
+        shows no such process and room; without any card there is nothing that could be held.
+        """
+        if not vram.present and not vram.lost:
+            return attrs.evolve(residency, answer=Answer.NO)
+        holders = self._probe.holders()
+        if holders is None or vram.free_mib is None:
+            return residency
+        orphan = any(word in holder.name.lower() for holder in holders for word in OLLAMA_PROCESSES)
+        room = vram.free_mib >= clip_needed + self.config.reserve_mib or self._clip.place == "gpu"
+        return attrs.evolve(residency, answer=Answer.NO) if room and not orphan else residency
+
+    def _note_look(self, seen: Observation) -> None:
+        """Keep the memories that span looks: how long unknown, how long short, what was told."""
+        now, free = seen.at, seen.vram.free_mib
+        if seen.residency.answer is Answer.UNKNOWN:
+            self._unknown_since = now if self._unknown_since is None else self._unknown_since
+        else:
+            self._unknown_since = None
+        if free is not None and self._server.on_our_card and free < self.config.floor_mib:
+            self._below_since = now if self._below_since is None else self._below_since
+        else:
+            self._below_since = None
+        if seen.residency.answer is Answer.NO:
+            self._vlm_ours, self._evidence = False, "none"
+        elif seen.residency.answer is Answer.YES and self._evidence == "none":
+            self._evidence = "reported"
+        if free is not None:
+            told = self._told_free
+            if told is None:
+                self._told_free = free
+            elif abs(free - told) >= self.config.resource_event_mib:
+                self._told_free = free
+                self._owner.tell(ResourceChanged(at=now, free_mib=free, told_mib=told, total_mib=seen.vram.total_mib))
+
+    def _snapshot_of(self, trigger: str, ticket: Ticket | None) -> Snapshot:
+        config, now = self.config, self._clock.monotonic()
+        idle_due = self._leases.last_vlm_use + config.idle_timeout_s
+        while self._reassertions and self._reassertions[0] < now - config.reassert_window_s:
+            self._reassertions.popleft()
+        snapshot = Snapshot(
+            trigger=trigger,
+            state=self.state,
+            mode=self.mode,
+            asked=ticket.mode if ticket else None,
+            hold=self._standing.hold,
+            aim=self._aim,
+            seen=self._seen,
+            vlm_needed_mib=self._vlm_needed(self._seen.vram),
+            reserve_mib=config.reserve_mib,
+            floor_mib=config.floor_mib,
+            accept_partial=config.on_partial_offload == "accept",
+            on_our_card=self._server.on_our_card,
+            refuse_on_shortage=config.on_shortage == "refuse",
+            drain_over=bool(ticket and ticket.waiting_since is not None and now >= self._drain_end(ticket)),
+            vlm_ours=self._vlm_ours,
+            used_since=idle_due > now,
+            vlm_ticket_queued=self._mailbox.wants_vlm() or any(waiting.wants_vlm for waiting in self.waiting),
+            superseded=self._mailbox.newest_preempt > self._seq,
+            released_something=self._released,
+            came_from_plan=self._previous is not None,
+            unknown_too_long=self._unknown_since is not None and now - self._unknown_since >= config.unknown_max_s,
+            pressed_too_long=self._below_since is not None and now - self._below_since >= config.pressure_s,
+            reassertions_left=len(self._reassertions) < config.reassert_limit,
+            cause_stands=bool(self._reason and self._reason.permanent and self._cause() == self._cause_print),
+            leftovers=bool(self._leftovers),
+        )
+        if self.state in STABLE:
+            snapshot = attrs.evolve(snapshot, aim=self._aim_of(trigger, ticket, snapshot))
+        return snapshot
+
+    def _aim_of(self, trigger: str, ticket: Ticket | None, s: Snapshot) -> Aim:
+        """What an event in a stable state would pursue.  DEGRADED stands for the mode that was asked."""
+        degraded = self.state is State.DEGRADED
+        mode = self.asked_mode if degraded else self.mode
+        match trigger:
+            case "request":
+                assert ticket is not None
+                assert ticket.mode is not None
+                return Aim(mode=ticket.mode, plan=target(ticket.mode, None, s))
+            case "vlm_wanted":
+                hold = hold_of(mode, Hold.WANTED)
+                if not degraded and hold is not None and self._standing.hold is hold:
+                    return self._standing
+                return Aim(mode=mode, hold=hold, plan=target(mode, Hold.WANTED, s), fallback=self._fallback(s))
+            case "vlm_unwanted" if degraded:
+                return Aim(mode=mode, plan=Plan(vlm=False))
+            case "vlm_unwanted" | "idle_timeout":
+                idle = trigger == "idle_timeout"
+                return Aim(mode=mode, hold=hold_of(mode, Hold.PARKED), plan=target(mode, Hold.PARKED, s), idle=idle)
+            case "migrate_clip":
+                assert ticket is not None
+                held = True if self._standing.hold is Hold.WANTED else None
+                return Aim(mode=self.mode, hold=self._standing.hold, plan=Plan(clip=ticket.place, vlm=held))
+            case "close":
+                stuck = s.drain_over and bool(self._leases.holders().clip)
+                release = self._vlm_ours and self.config.on_close == "release"
+                clip: Literal["cpu"] | None = None if stuck or s.seen.clip == "none" else "cpu"
+                return Aim(mode=ExecutionMode.IDLE, plan=Plan(clip=clip, vlm=False if release else None))
+            case _ if degraded:
+                return Aim(mode=mode, plan=target(mode, None, s))
+            case _:
+                return self._standing
+
+    def _fallback(self, s: Snapshot) -> Aim | None:
+        """Where an on-demand attempt returns to when it fails; None where the mode itself hangs on it."""
+        if self.state is State.DEGRADED:
+            return None
+        if self.mode is ExecutionMode.RECORDING:
+            if self._standing.hold is not Hold.PARKED:
+                return None
+            return Aim(mode=self.mode, hold=Hold.PARKED, plan=target(self.mode, Hold.PARKED, s))
+        return Aim(mode=self.mode, plan=target(self.mode, None, s))
+
+    def _vlm_needed(self, vram: VRAMInfo) -> float:
+        """What a load takes from our card: measured, else from the size on disk, else the setting."""
+        if not self._server.on_our_card or not vram.present:
+            return 0.0
+        needed = self.vlm_size()[0]
+        if self._raised_need_mib is not None:
+            raised, until = self._raised_need_mib
+            if self._clock.monotonic() < until:
+                return max(needed, raised)
+        return needed
+
+    def vlm_size(self) -> tuple[float, str]:
+        """The VLM's size for the next load in MiB, and where it comes from."""
+        if self._vlm_measured_mib is not None:
+            return self._vlm_measured_mib, "measured"
+        if self._catalog.size_mib is not None:
+            return self._catalog.size_mib * DISK_TO_VRAM, "tags"
+        return self.config.vlm_size_mib, "setting"
+
+    def _cause(self) -> tuple[object, ...]:
+        """What would have to change for a permanent cause to be gone."""
+        return (self._seen.catalog.present, self._seen.catalog.digest, self._seen.gpu_usable, self._seen.clip)
+
+    # =====================================================================================================================
+    # The rows' actions: bookkeeping before the state changes
+
+    def take(self, row: Row, snapshot: Snapshot, verdicts: Mapping[str, bool]) -> None:
+        """Write the journal and run the row's action."""
+        self._records += 1
+        record = JournalRecord(
+            n=self._records,
+            at=self._clock.monotonic(),
+            trigger=row.trigger,
+            source=self.state,
+            dest=row.dest or self.state,
+            row=row.name,
+            verdicts=verdicts,
+            plan=snapshot.aim.plan,
+            tickets=tuple(ticket.seq for ticket in self._serving),
+        )
+        self.journal.append(record)
+        if row.dest is State.SHEDDING:
+            self._failed_in = self.state
+        if row.dest is not None:
+            log.info("gpu_fsm: %s -> %s (%s)", self.state.name, row.dest.name, row.name)
+        action: Callable[[Snapshot], None] = getattr(self, f"act_{row.action}")
+        action(snapshot)
+
+    # --- tickets ---------------------------------------------------------------------------------------------------------
+
+    def act_acknowledge(self, s: Snapshot) -> None:
+        """It stands already: take over the hold and the number."""
+        if s.trigger == "request":
+            self.asked_mode = s.aim.mode
+        self._stand(s.aim)
+        self._resolve_granted()
+
+    def act_acknowledge_in_place(self, s: Snapshot) -> None:
+        """It is so; nothing stands differently for it."""
+        self._resolve_granted()
+
+    def act_wait(self, s: Snapshot) -> None:
+        """Wait in the stable state, with the gate closed, until the leases have ended."""
+        now = self._clock.monotonic()
+        for ticket in self._serving:
+            if ticket.waiting_since is None:
+                ticket.waiting_since = now
+        self.waiting = self._serving
+        self._waiting_models = s.models_to_move
+
+    def act_refuse_lease_held(self, s: Snapshot) -> None:
+        """The caller holds what would have to move."""
+        holders = self._leases.names(s.models_to_move)
+        self._refuse(
+            errors.LeaseHeld(
+                detail="you hold a lease on what this request would move",
+                remedy="End the `with` block first, then ask.",
+                holders=holders,
+            )
+        )
+
+    def act_refuse_lease_timeout(self, s: Snapshot) -> None:
+        """Leases stood in the way for `drain_timeout_s`."""
+        holders = self._leases.names(s.models_to_move)
+        self._refuse(
+            errors.LeaseTimeout(
+                detail=f"still in use after {self.config.drain_timeout_s:g} s: {', '.join(holders)}",
+                remedy="Shorten the work inside the lease, or raise drain_timeout_s.",
+                holders=holders,
+                waited_s=self.config.drain_timeout_s,
+            )
+        )
+
+    def act_refuse(self, s: Snapshot) -> None:
+        """No, with the figures; nothing changes."""
+        self._refuse(self._why(s))
+
+    def act_refuse_degraded(self, s: Snapshot) -> None:
+        """No, for the reason that made us DEGRADED; look sooner whether it is gone."""
+        self._recover_at = min(self._recover_at, self._clock.monotonic())
+        reason = self._reason or Reason(code="degraded")
+        self._refuse(
+            errors.DegradedError(
+                detail=f"degraded: {reason.detail or reason.code}", remedy=reason.remedy, reason_code=reason.code
+            )
+        )
+
+    def act_refuse_conflict(self, s: Snapshot) -> None:
+        """An explicit CLIP move against the mode's promise."""
+        place = s.aim.plan.clip
+        ask = "AUTOPILOT" if place == "gpu" else "RECORDING or IDLE"
+        self._refuse(
+            errors.ModeConflict(
+                detail=f"{self.mode.name} does not allow CLIP on the {place}",
+                remedy=f"Ask for {ask} with set_execution_mode.",
+                mode=self.mode.name,
+                ask_for=ask,
+            )
+        )
+
+    # --- beginning, and turning back ----------------------------------------------------------------------------------------
+
+    def act_begin(self, s: Snapshot) -> None:
+        """Pursue the snapshot's aim; the plan is frozen from here on."""
+        if s.trigger == "request" or s.trigger == "close":
+            self.asked_mode = s.aim.mode
+        if s.trigger == "idle_timeout":
+            self._idle_since = self._leases.last_vlm_use
+        if s.trigger == "check" and s.absent:
+            self._tell_lost(s)
+        self._pursue(s.aim, previous=self._standing if self.state in STANDING else None)
+
+    def act_reassert(self, s: Snapshot) -> None:
+        """The world has left the plan: put it right, and count how often."""
+        self._reassertions.append(self._clock.monotonic())
+        if s.aim.plan.vlm is True and s.absent:
+            self._tell_lost(s)
+        fallback = self._fallback(s) if s.aim.hold is Hold.WANTED else None
+        self._pursue(attrs.evolve(s.aim, fallback=fallback), previous=self._standing)
+
+    def act_begin_recovery(self, s: Snapshot) -> None:
+        """Try the asked mode again."""
+        self._pursue(s.aim, previous=None)
+
+    def act_begin_refused(self, s: Snapshot) -> None:
+        """The request cannot be given: be safe and remember it."""
+        if s.asked is not None:
+            self.asked_mode = s.asked
+        self._aim = s.aim
+        self._failure = self._why(s)
+
+    def act_adopt(self, s: Snapshot) -> None:
+        """A preempting request takes over in the middle of a move."""
+        successors = self._mailbox.take()
+        head = successors[0]
+        displaced = errors.displaced_by(head.kind)
+        self._refuse(displaced)
+        for ticket in self.drop_waiting():
+            ticket.refuse(displaced)
+        self._serving = successors
+        for_stable = attrs.evolve(s, trigger=head.kind, asked=head.mode)
+        aim = self._aim_of_ticket(head, for_stable)
+        if head.mode is not None:
+            self.asked_mode = head.mode
+        previous = self._aim
+        self._pursue(aim, previous=previous, keep_released=True)
+        self._seq = newest(self._serving)
+
+    def _aim_of_ticket(self, ticket: Ticket, s: Snapshot) -> Aim:
+        if ticket.kind == "close":
+            release = self._vlm_ours and self.config.on_close == "release"
+            clip: Literal["cpu"] | None = None if s.seen.clip == "none" else "cpu"
+            return Aim(mode=ExecutionMode.IDLE, plan=Plan(clip=clip, vlm=False if release else None))
+        assert ticket.mode is not None
+        return Aim(mode=ticket.mode, plan=target(ticket.mode, None, s))
+
+    def act_proceed(self, s: Snapshot) -> None:
+        """Go on to the next step of the same plan."""
+
+    def act_fall_back(self, s: Snapshot) -> None:
+        """The on-demand attempt failed: an error for the caller, then back to what the mode is without it."""
+        assert self._aim.fallback is not None
+        failure = self._failure or (errors_for_unplaced(s) if guards.known(s) else guards.unknown(s))
+        self._refuse(failure)
+        self._failure = None
+        self._pursue(self._aim.fallback, previous=None)
+
+    def act_go_back(self, s: Snapshot) -> None:
+        """A lease won the race before anything happened: stand as before, and let the ticket wait."""
+        assert self._previous is not None
+        self.act_wait(s)
+        self._serving = ()
+        self._pursue(self._previous, previous=None)
+
+    def _pursue(self, aim: Aim, *, previous: Aim | None, keep_released: bool = False) -> None:
+        self._aim = aim
+        self._previous = previous
+        self._released = self._released and keep_released
+        self._release_error = None
+        self._failure = None
+
+    # --- the way down ----------------------------------------------------------------------------------------------------
+
+    def act_degrade_fault(self, s: Snapshot) -> None:
+        """The step's own error is the reason."""
+        self._failure = self._failure or errors.InternalError(detail="a fault without an error")
+
+    def act_degrade_unknown(self, s: Snapshot) -> None:
+        """No definite answer by the step's deadline."""
+        self._failure = guards.unknown(s)
+
+    def act_degrade_unreachable(self, s: Snapshot) -> None:
+        """Ollama has been silent for too long."""
+        self._failure = errors.OllamaUnavailable(
+            detail=f"no definite answer for {self.config.unknown_max_s:g} s ({s.seen.residency.detail or 'silent'})",
+            remedy=guards.START_OLLAMA,
+            model=self._server.model,
+        )
+
+    def act_degrade_pressure(self, s: Snapshot) -> None:
+        """The card has been full for too long."""
+        self._failure = errors.InsufficientVRAM(
+            detail=f"less than {self.config.floor_mib:g} MiB free for {self.config.pressure_s:g} s",
+            remedy="Close a program that uses the GPU.",
+            needed_mib=self.config.floor_mib,
+            free_mib=s.seen.vram.free_mib,
+            holders=s.seen.foreign_holders,
+        )
+
+    def act_degrade_lost(self, s: Snapshot) -> None:
+        """The placement cannot be put right, or not again."""
+        if s.aim.plan.vlm is True and s.absent:
+            self._tell_lost(s)
+        if not s.reassertions_left:
+            self._failure = errors.ExternalClient(
+                detail=f"something undid the placement {self.config.reassert_limit} times",
+                remedy="Find the other client of this model (ollama ps, the server's log) and stop it.",
+                model=self._server.model,
+            )
+        else:
+            self._failure = guards.why_not(s) or errors.PlacementLost(detail="the placement was undone from outside")
+
+    def act_degrade_unplaced(self, s: Snapshot) -> None:
+        """The step ended and the world is not as planned."""
+        self._failure = self._release_error or errors_for_unplaced(s)
+
+    def act_degrade_aborted(self, s: Snapshot) -> None:
+        """A lease won the race when something had been given back already."""
+        holders = self._leases.names(s.models_to_move)
+        self._failure = errors.LeaseTimeout(detail=f"in use: {', '.join(holders)}", holders=holders)
+
+    def act_shed_again(self, s: Snapshot) -> None:
+        """Try once more to get rid of what is left."""
+        self._recover_at = self._next_try()
+
+    # --- standing --------------------------------------------------------------------------------------------------------
+
+    def act_settle(self, s: Snapshot) -> None:
+        """The promise has been observed: from here on it stands."""
+        self._stand(self._aim)
+
+    def act_settle_degraded(self, s: Snapshot) -> None:
+        """DEGRADED: keep the reason, arm recovery."""
+        now = self._clock.monotonic()
+        failure = self._failure
+        if failure is not None:
+            self._reason = Reason.of(failure, step=self._failed_in.value)
+            self._cause_print = self._cause()
+        if self.mode is not ExecutionMode.DEGRADED:
+            self._degraded_at = now
+            if now - self._stood_since >= self.config.stable_s:
+                self._attempt = 0
+        self._standing = Aim(mode=ExecutionMode.DEGRADED)
+        self._recover_at = self._next_try()
+        self._looked_recoverable = guards.recoverable(attrs.evolve(s, aim=self._asked_aim(s), cause_stands=False))
+
+    def _asked_aim(self, s: Snapshot) -> Aim:
+        return Aim(mode=self.asked_mode, plan=target(self.asked_mode, None, s))
+
+    def act_look_for_recovery(self, s: Snapshot) -> None:
+        """A cause that has gone ends the wait; one that a look cannot see (failing loads) does not."""
+        can = guards.recoverable(s)
+        if can and not self._looked_recoverable:
+            self._recover_at = min(self._recover_at, self._clock.monotonic())
+        self._looked_recoverable = can
+
+    def act_back_off(self, s: Snapshot) -> None:
+        """Not yet: try again later, and less often."""
+        self._looked_recoverable = guards.recoverable(s)
+        self._recover_at = self._next_try()
+
+    def act_rearm_idle(self, s: Snapshot) -> None:
+        """Look again when the next check is due."""
+        if not s.used_since:
+            self._idle_not_before = self._clock.monotonic() + self.config.check_interval_s
+
+    def act_renew_keep_alive(self, s: Snapshot) -> None:
+        """Extend Ollama's own timer; a failure is for the next check to see."""
+        keep_alive = self.keep_alive_s
+        try:
+            self._server.renew(keep_alive_s=keep_alive, timeout_s=self.config.observe_timeout_s)
+        except GPUFSMError as error:
+            log.warning("gpu_fsm: renewal failed: %s", error)
+            self._server_until = self._clock.monotonic() + self.config.check_interval_s + self._renew_margin
+        else:
+            self.used_server()
+
+    def act_note(self, s: Snapshot) -> None:
+        """Seen; nothing to do."""
+
+    def _stand(self, aim: Aim) -> None:
+        if aim.mode is ExecutionMode.IDLE and aim.hold is None:
+            aim = attrs.evolve(aim, plan=Plan())  # IDLE promises nothing
+        if aim.plan.vlm is True and self._standing.plan.vlm is not True:
+            self._leases.touch()  # being asked for is the first use; else a model found resident would be idle at once
+        self._standing = attrs.evolve(aim, fallback=None, idle=False)
+
+    def _why(self, s: Snapshot) -> GPUFSMError:
+        why = guards.why_not(s) if guards.known(s) else None
+        return self._named(why or guards.unknown(s))
+
+    def _named(self, error: GPUFSMError) -> GPUFSMError:
+        if isinstance(error, errors.OllamaError) and not error.model:
+            remedy = error.remedy.replace("NAME", self._server.model)
+            return type(error)(**{**attrs.asdict(error, recurse=False), "model": self._server.model, "remedy": remedy})
+        return error
+
+    # =====================================================================================================================
+    # Publishing
+
+    def announce(self, old: State, new: State, row: Row) -> None:
+        """The first thing a state does: be seen."""
+        now = self._clock.monotonic()
+        self._since = now
+        if new in STABLE:
+            self._arrive(old, new, now)
+        self.publish()
+        if old is not new:
+            self._owner.tell(StateChanged(at=now, old=old, new=new, trigger=row.trigger))
+
+    def _arrive(self, old: State, new: State, now: float) -> None:
+        before, mode = self.mode, ExecutionMode(new.value)
+        if mode is not before:
+            self._stood_since = now
+        self.mode = mode
+        self._aim = self._standing
+        self._previous = None
+        self._check_at = now + self.config.check_interval_s
+        self._idle_not_before = now
+        if mode is not ExecutionMode.DEGRADED:
+            self._reason, self._leftovers, self._failure = None, (), None
+        if mode is not before:
+            self._owner.tell(ModeChanged(at=now, old=before, new=mode, reason=self._reason))
+            if mode is ExecutionMode.DEGRADED:
+                assert self._reason is not None
+                self._owner.tell(Degraded(at=now, reason=self._reason, asked=self.asked_mode, leftovers=self._leftovers))
+            elif before is ExecutionMode.DEGRADED:
+                self._owner.tell(Recovered(at=now, mode=mode, after_s=now - self._degraded_at))
+
+    def publish(self) -> None:
+        """Replace the status by one that tells everything."""
+        seen, residency = self._seen, self._seen.residency
+        model = residency.ours
+        size, source = self.vlm_size()
+        vlm_ready = self._standing.plan.vlm is True and residency.answer is Answer.YES and self.state in STANDING
+        self._leases.vlm_ready(seen.at + 2 * self.config.check_interval_s if vlm_ready else float("-inf"))
+        present = seen.vram.present
+        self._owner.publish(
+            GPUResourceStatus(
+                execution_mode=self.mode,
+                asked_mode=self.asked_mode,
+                state=self.state,
+                since_at=self._since,
+                reason=self._reason,
+                hold=self._standing.hold,
+                vram=seen.vram,
+                vlm_model=self._server.model,
+                vlm_state=self._vlm_state(),
+                vlm_size_mib=model.size_mib if model else size,
+                vlm_size_vram_mib=model.size_vram_mib if model else None,
+                vlm_size_source="resident" if model else source,
+                vlm_ours=self._vlm_ours,
+                evidence=self._evidence,
+                proof=self._proof(),
+                clip_device=seen.clip_device if seen.at else self._clip.device,
+                cpu_only=not present and not seen.vram.lost,
+                cpu_only_reason="" if present or seen.vram.lost else seen.vram.detail or seen.gpu_unusable_reason,
+                others=residency.others,
+                leftovers=self._leftovers,
+                timers=tuple(TimerInfo(name=name, due_at=due) for name, due in sorted(self.timers().items())),
+                observed_at=seen.at or None,
+                simulated=tuple(
+                    name
+                    for name, port in (("ollama", self._server), ("clip", self._clip), ("card", self._probe))
+                    if port.simulated
+                ),
+            )
+        )
+
+    def _vlm_state(self) -> ModelState:
+        answer = self._seen.residency.answer
+        if self.state is State.LOADING:
+            return ModelState.LOADING
+        if self.state in (State.RELEASING, State.SHEDDING) and answer is Answer.YES and self._aim.plan.vlm is False:
+            return ModelState.UNLOADING
+        return {Answer.YES: ModelState.LOADED, Answer.NO: ModelState.UNLOADED}.get(answer, ModelState.UNKNOWN)
+
+    def _proof(self) -> str:
+        if not self._server.on_our_card:
+            return "Ollama runs on another machine: proof rests on /api/ps alone"
+        if not self._seen.vram.present:
+            return "no GPU: proof rests on /api/ps alone"
+        if self._seen.vram.free_mib is None:
+            return "the driver does not tell the free memory: proof rests on /api/ps and a fixed wait"
+        return "/api/ps and the driver's bytes"
+
+    def _tell_lost(self, s: Snapshot) -> None:
+        detail = s.seen.residency.detail or "Ollama no longer lists it"
+        self._owner.tell(VLMLost(at=s.seen.at, model=self._server.model, detail=detail))
+
+    def _resolve_granted(self) -> None:
+        for ticket in self._serving:
+            lease = None
+            if ticket.lease_for is not None:
+                lease = self._leases.grant_vlm(ticket.lease_for)
+            if ticket.kind == "vlm_wanted":
+                self._vlm_ours = True
+                self._leases.touch()
+            outcome = Outcome(asked=ticket.asked, state=self.state, lease=lease, leftovers=self._left_leased(ticket))
+            if not ticket.grant(outcome) and lease is not None:
+                self._leases.release(lease)
+        self._serving = ()
+
+    def _left_leased(self, ticket: Ticket) -> tuple[str, ...]:
+        """What a close had to leave behind."""
+        if ticket.kind != "close" or self._seen.clip != "gpu":
+            return ()
+        return (f"CLIP on {self._seen.clip_device}, leased by {', '.join(self._leases.names({'clip'})) or 'nobody'}",)
+
+    def _refuse(self, error: GPUFSMError) -> None:
+        for ticket in self._serving:
+            ticket.refuse(self._named(error))
+        self._serving = ()
+
+    # =====================================================================================================================
+    # Working: what each state does when it is entered
+
+    def work(self, state: State) -> None:
+        """Run a state's own work; a step ends in exactly one event, whatever happens in it."""
+        if state in STANDING:
+            self._on_standing()
+        elif state is State.DEGRADED:
+            self._on_degraded()
+        elif state is State.SHEDDING:
+            self._on_shedding()
+        else:
+            self._step(state)
+
+    def _step(self, state: State) -> None:
+        self._step_seq = self._seq
+        try:
+            work = {State.RELEASING: self._release, State.MIGRATING: self._migrate, State.LOADING: self._load}[state]
+            outcome = work()
+        except GPUFSMError as error:
+            self._failure = self._named(error)
+            outcome = "fault"
+        except Exception as error:
+            log.exception("gpu_fsm: %s broke", state.name)
+            self._failure = errors.InternalError(detail=one_line(repr(error)), remedy="Please report it.")
+            outcome = "fault"
+        self.machine.raise_event(outcome)
+
+    def _on_standing(self) -> None:
+        self._raised_need_mib = None if self._standing.plan.vlm is True else self._raised_need_mib
+        idle_since, self._idle_since = self._idle_since, None
+        if idle_since is not None and self._released and self._release_error is None:
+            now = self._clock.monotonic()
+            self._owner.tell(IdleUnload(at=now, model=self._server.model, idle_s=now - idle_since))
+        unproven = self._release_error
+        self._release_error = None
+        if unproven is not None and self._serving and self._serving[0].kind == "vlm_unwanted":
+            self._refuse(unproven)
+        else:
+            self._resolve_granted()
+        self._released = False
+
+    def _on_degraded(self) -> None:
+        self._idle_since = None
+        self._released = False
+        for ticket in self._serving:
+            match ticket.kind:
+                case "request" | "close":
+                    ticket.grant(
+                        Outcome(
+                            asked=ticket.asked,
+                            state=self.state,
+                            reason=self._reason,
+                            granted=ticket.kind == "close",
+                            leftovers=self._leftovers,
+                        )
+                    )
+                case "vlm_unwanted" if self._seen.residency.answer is Answer.NO:
+                    ticket.grant(Outcome(asked=ticket.asked, state=self.state))
+                case "vlm_unwanted":
+                    ticket.refuse(self._stuck())
+                case _:
+                    ticket.refuse(self._failure or errors.DegradedError(reason_code="degraded"))
+
+    # --- RELEASING -------------------------------------------------------------------------------------------------------
+
+    def _superseded(self) -> bool:
+        return self._mailbox.newest_preempt > self._step_seq
+
+    def _release(self) -> str:
+        """Give back what the plan does not want; then wait until the release is proven."""
+        s = self._current()
+        if self._aborted_load is not None:
+            self._prove_absence(self._aborted_load[0])
+            self._aborted_load = None
+            self._seen = self._look("step_done")
+            s = self._current()
+        if not self._leases.claim(s.models_to_move):
+            if not self._closing():
+                return "aborted"
+            s = self._force_for_close(s)
+        baseline = s.seen.vram
+        held = 0.0
+        if s.clip_surplus:
+            held += s.seen.clip_held_mib
+            self._released = True
+            self._clip.to_cpu()
+        if self._superseded():
+            return "aborted"
+        if s.vlm_surplus:
+            held += s.vlm_held_mib
+            self._released = True
+            if not self._unload(self._clock.monotonic() + self.config.unload_deadline_s, may_stop=True):
+                return "aborted"
+        if held > 0:
+            self._settle(baseline, held)
+        if s.vlm_surplus or self._aim.plan.vlm is not None:
+            self._await_answer()
+        return "step_done"
+
+    def _closing(self) -> bool:
+        return bool(self._serving) and self._serving[0].kind == "close"
+
+    def _force_for_close(self, s: Snapshot) -> Snapshot:
+        """Closing has waited for the leases long enough: a leased CLIP stays, a leased VLM finishes what it runs."""
+        if not self._leases.claim({"clip"}):
+            self._aim = attrs.evolve(self._aim, plan=attrs.evolve(self._aim.plan, clip=None))
+        s = self._current()
+        self._leases.force(s.models_to_move)
+        return s
+
+    def _current(self) -> Snapshot:
+        return attrs.evolve(self._snapshot, aim=self._aim, seen=self._seen)
+
+    def _unload(self, deadline: float, *, may_stop: bool) -> bool:
+        """Ask for the unload, again and again, until `/api/ps` denies the model.  False when superseded."""
+        sent = float("-inf")
+        residency = self._seen.residency
+        refusal: GPUFSMError | None = None
+        while True:
+            now = self._clock.monotonic()
+            if may_stop and self._superseded():
+                return False
+            if now - sent >= self.config.unload_resend_s:
+                sent = now
+                try:
+                    self._server.unload_model(timeout_s=max(0.1, min(self.config.observe_timeout_s, deadline - now)))
+                    refusal = None
+                except GPUFSMError as error:
+                    refusal = error
+                    if not error.retryable:
+                        raise
+            residency = self._server.residency(max(0.1, min(self.config.observe_timeout_s, deadline - now)))
+            if residency.answer is Answer.NO:
+                return True
+            now = self._clock.monotonic()
+            if now >= deadline:
+                if refusal is not None:
+                    raise refusal
+                raise self._stuck()
+            self._clock.sleep(min(self.config.settle_poll_s, max(0.0, deadline - now)))
+
+    def _stuck(self) -> errors.UnloadStuck:
+        return errors.UnloadStuck(
+            detail=f"Ollama still lists {self._server.model} after {self.config.unload_deadline_s:g} s of unload requests",
+            remedy="A request may be running in it, or its runner hangs: see `ollama ps`, or restart Ollama.",
+            model=self._server.model,
+        )
+
+    def _settle(self, baseline: VRAMInfo, held_mib: float) -> None:
+        """Wait until the driver shows the memory back; keep an error for those who asked for proof."""
+        start = self._clock.monotonic()
+        deadline = start + self.config.settle_timeout_s
+        runners = self._runners() if held_mib > 0 else None
+        returned = 0.0
+        while True:
+            vram = self._probe.read(self.config.observe_timeout_s)
+            if vram.free_mib is None or baseline.free_mib is None:
+                self._clock.sleep(self.config.blind_settle_s)
+                return
+            returned = vram.free_mib - baseline.free_mib
+            if returned >= PROOF * held_mib:
+                return
+            now = self._clock.monotonic()
+            if now >= deadline:
+                break
+            self._clock.sleep(min(self.config.settle_poll_s, deadline - now))
+        if runners and not (self._runners() or frozenset()) & runners:
+            return
+        self._release_error = errors.ReleaseUnproven(
+            detail=f"{held_mib:.0f} MiB were given back, {max(returned, 0.0):.0f} MiB of them came free in "
+            f"{self.config.settle_timeout_s:g} s",
+            remedy="Another program may have taken them, or a runner is stuck: see nvidia-smi.",
+            expected_mib=held_mib,
+            returned_mib=returned,
+        )
+
+    def _runners(self) -> frozenset[int] | None:
+        holders = self._probe.holders()
+        if holders is None:
+            return None
+        return frozenset(h.pid for h in holders if any(word in h.name.lower() for word in OLLAMA_PROCESSES))
+
+    def _prove_absence(self, free_before_mib: float | None) -> None:
+        """After a load that we cut off: nothing for `ABSENCE_S`, and the memory back at its level before the load."""
+        start = self._clock.monotonic()
+        deadline = start + self.config.settle_timeout_s
+        absent_since: float | None = None
+        while True:
+            now = self._clock.monotonic()
+            residency = self._server.residency(self.config.observe_timeout_s)
+            if residency.answer is Answer.YES or now >= deadline:
+                return  # it came in after all, or nobody can tell: the next look and the plan decide
+            absent_since = (absent_since or now) if residency.answer is Answer.NO else None
+            vram = self._probe.read(self.config.observe_timeout_s)
+            slack = (1 - PROOF) * self._vlm_needed(vram)
+            back = vram.free_mib is None or free_before_mib is None or vram.free_mib >= free_before_mib - slack
+            if absent_since is not None and now - absent_since >= ABSENCE_S and back:
+                return
+            self._clock.sleep(self.config.settle_poll_s)
+
+    def _await_answer(self) -> None:
+        """A step ends on a definite answer or at its deadline; the look that follows reads it again."""
+        deadline = self._clock.monotonic() + self.config.unload_deadline_s
+        while self._server.residency(self.config.observe_timeout_s).answer is Answer.UNKNOWN:
+            if self._clock.monotonic() >= deadline or self._superseded():
+                return
+            self._clock.sleep(self.config.settle_poll_s)
+
+    # --- MIGRATING, LOADING ----------------------------------------------------------------------------------------------
+
+    def _migrate(self) -> str:
+        """CLIP up."""
+        if self._superseded() or not self._leases.claim({"clip"}):
+            return "aborted"
+        self._clip.to_gpu()
+        self._await_answer()
+        return "step_done"
+
+    def _load(self) -> str:
+        """The VLM in, wholly on the GPU or not at all."""
+        interrupt = Interrupt()
+        self._interrupt = interrupt
+        before = self._seen.vram
+        others = self._seen.residency.others
+        try:
+            if self._superseded():
+                return "aborted"
+            deadline = self._clock.monotonic() + self.config.vlm_load_deadline_s
+            model = self._load_once(deadline, interrupt)
+            if not self._whole(model):
+                model = self._reload(model, before, deadline, interrupt)
+        except errors.LoadAborted:
+            self._aborted_load = (before.free_mib,)
+            return "aborted"
+        except errors.LoadOutOfMemory:
+            self._raise_need(before)
+            raise
+        finally:
+            self._interrupt = None
+        self._vlm_ours = True
+        self._measure(before, model)
+        gone = {other.name for other in others} - {other.name for other in self._others_after()}
+        if gone:
+            self._owner.tell(ForeignEvicted(at=self._clock.monotonic(), models=tuple(sorted(gone))))
+        return "step_done"
+
+    def _load_once(self, deadline: float, interrupt: Interrupt) -> LoadedModel | None:
+        report = self._server.load_model(
+            keep_alive_s=self.keep_alive_s,
+            deadline_s=max(0.1, deadline - self._clock.monotonic()),
+            interrupt=interrupt,
+            before_retry=self._settle_before_retry,
+        )
+        self.used_server()
+        if report.model is not None:
+            return report.model
+        self._await_answer()
+        return self._server.residency(self.config.observe_timeout_s).ours
+
+    def _settle_before_retry(self) -> None:
+        """A failed load gives its memory back late, and a retry at once would land on the CPU: let it stop rising."""
+        deadline = self._clock.monotonic() + self.config.settle_timeout_s
+        last = self._probe.read(self.config.observe_timeout_s).free_mib
+        while last is not None and self._clock.monotonic() < deadline:
+            self._clock.sleep(self.config.settle_poll_s)
+            free = self._probe.read(self.config.observe_timeout_s).free_mib
+            if free is None or free <= last:
+                return
+            last = free
+
+    def _whole(self, model: LoadedModel | None) -> bool:
+        seen = attrs.evolve(self._seen, residency=Residency(answer=Answer.YES, ours=model))
+        return attrs.evolve(self._snapshot, seen=seen).whole
+
+    def _reload(
+        self, model: LoadedModel | None, before: VRAMInfo, deadline: float, interrupt: Interrupt
+    ) -> LoadedModel | None:
+        """Ollama put part of the model on the CPU: out with it and in again, once, if the settings say so."""
+        held = model.size_vram_mib if model else 0.0
+        loaded = self._probe.read(self.config.observe_timeout_s)
+        self._unload(self._clock.monotonic() + self.config.unload_deadline_s, may_stop=False)
+        self._settle(loaded, held)
+        if self.config.on_partial_offload == "reload":
+            model = self._load_once(deadline, interrupt)
+            if self._whole(model):
+                return model
+        self._raise_need(before)
+        size, vram = (model.size_mib, model.size_vram_mib) if model else (0.0, 0.0)
+        raise errors.PartialOffload(
+            detail=f"only {vram:.0f} of {size:.0f} MiB of {self._server.model} came to the GPU",
+            remedy="Free GPU memory, use a smaller model or context, or set on_partial_offload to accept.",
+            model=self._server.model,
+            size_mib=size,
+            size_vram_mib=vram,
+        )
+
+    def _raise_need(self, before: VRAMInfo) -> None:
+        """What was free was not enough, so ask for more; for one back-off cap, since the failure may have been a fluke."""
+        if before.free_mib is not None:
+            until = self._clock.monotonic() + self.config.recover_cap_s
+            self._raised_need_mib = (before.free_mib - self.config.reserve_mib + 1.0, until)
+
+    def _measure(self, before: VRAMInfo, model: LoadedModel | None) -> None:
+        """How much the load really took, where the driver's bytes and Ollama's word are of one mind."""
+        if model is None:
+            return
+        self._evidence = "reported"
+        after = self._probe.read(self.config.observe_timeout_s)
+        if not self._server.on_our_card or before.free_mib is None or after.free_mib is None:
+            return
+        took = before.free_mib - after.free_mib
+        if model.size_vram_mib > 0 and PROOF * model.size_vram_mib <= took <= 1.5 * model.size_vram_mib:
+            self._evidence = "measured"
+            self._vlm_measured_mib = took
+
+    def _others_after(self) -> tuple[LoadedModel, ...]:
+        return self._server.residency(self.config.observe_timeout_s).others
+
+    # --- SHEDDING --------------------------------------------------------------------------------------------------------
+
+    def _on_shedding(self) -> None:
+        try:
+            self._shed()
+        except Exception:
+            log.exception("gpu_fsm: shedding broke")
+        self.machine.raise_event("shed")
+
+    def _shed(self) -> None:
+        """To the safe placement as far as it goes: best effort, one deadline, and then look what is really left."""
+        now = self._clock.monotonic()
+        deadline = now + self.config.shed_deadline_s
+        if self._clip.place == "gpu":
+            self._shed_clip(min(deadline, now + self.config.shed_drain_s))
+        residency = self._server.residency(self.config.observe_timeout_s)
+        hands_off = isinstance(self._failure, errors.ExternalClient)
+        if residency.answer is not Answer.NO and not residency.refused and not hands_off:
+            self._leases.force({"vlm"})
+            before = self._probe.read(self.config.observe_timeout_s)
+            try:
+                self._unload(deadline, may_stop=False)
+                held = residency.ours.size_vram_mib if residency.ours and self._server.on_our_card else 0.0
+                if held and before.present:
+                    self._settle(before, held)
+            except GPUFSMError as error:
+                log.warning("gpu_fsm: shedding the VLM failed: %s", error)
+        self._seen = self._look("shed")
+        left = []
+        if self._seen.residency.answer is not Answer.NO:
+            left.append(f"{self._server.model}: {self._seen.residency.answer.value} in Ollama")
+        if self._seen.clip == "gpu":
+            left.append(f"CLIP on {self._seen.clip_device}")
+        self._leftovers = tuple(left)
+
+    def _shed_clip(self, deadline: float) -> None:
+        while not self._leases.claim({"clip"}):
+            now = self._clock.monotonic()
+            if now >= deadline:
+                return
+            self._clock.sleep(min(self.config.settle_poll_s, deadline - now))
+        try:
+            self._clip.to_cpu()
+        except GPUFSMError as error:
+            log.warning("gpu_fsm: shedding CLIP failed: %s", error)
+
+    # =====================================================================================================================
+    # Timers: data, a function of the state
+
+    @property
+    def keep_alive_s(self) -> float:
+        """What every request of ours tells Ollama: our own patience and a margin, never for ever."""
+        return self.config.idle_timeout_s + self.config.keep_alive_margin_s
+
+    @property
+    def _renew_margin(self) -> float:
+        return self.config.keep_alive_margin_s / 2
+
+    def used_server(self) -> None:
+        """A request with our keep_alive has just been answered."""
+        self._server_until = self._clock.monotonic() + self.keep_alive_s
+
+    def timers(self) -> dict[str, float]:
+        """Every armed timer and when it is due."""
+        if self.state not in STABLE:
+            return {}
+        armed = {"check": self._check_at}
+        if self.waiting:
+            armed["drain"] = self._drain_due()
+        if self.state is State.DEGRADED:
+            armed["recover"] = self._recover_at
+            return armed
+        leased = bool(self._leases.holders().vlm)
+        idle_at = self._leases.last_vlm_use + self.config.idle_timeout_s
+        promised = self._standing.plan.vlm is True
+        may_be_in = self._seen.residency.answer is not Answer.NO
+        if may_be_in and (self._vlm_ours or promised) and not leased:
+            armed["idle"] = max(idle_at, self._idle_not_before)
+        if promised and (leased or idle_at > self._server_until):
+            armed["renew"] = self._server_until - self._renew_margin
+        return armed
+
+    def fire_timer(self, name: str) -> None:
+        """Deliver a timer that is due."""
+        now = self._clock.monotonic()
+        if name == "check":
+            self._check_at = now + self.config.check_interval_s
+            self.fire("check")
+        elif name == "idle":
+            self.fire("idle_timeout")
+        elif name == "recover":
+            self.fire("recover")
+        elif name == "renew":
+            # Whatever comes of it, not again at once.
+            self._server_until = max(self._server_until, now + self._renew_margin + self.config.check_interval_s)
+            self.fire("renew")
+
+    def check_soon(self) -> None:
+        """Somebody saw an error: look at once."""
+        self._check_at = self._clock.monotonic()
+
+    def _drain_end(self, ticket: Ticket) -> float:
+        assert ticket.waiting_since is not None
+        return ticket.waiting_since + self.config.drain_timeout_s
+
+    def _drain_due(self) -> float:
+        return min(self._drain_end(ticket) for ticket in self.waiting)
+
+    def _next_try(self) -> float:
+        delay = min(self.config.recover_cap_s, self.config.recover_base_s * 2**min(self._attempt, 30))
+        self._attempt += 1
+        return self._clock.monotonic() + delay
+
+    # =====================================================================================================================
+    # Words
+
+    def explain(self, mode: ExecutionMode) -> str:
+        """Why `mode` is available now or is not, in words, from the last look."""
+        snapshot = attrs.evolve(self._snapshot, state=self.state, seen=self._seen, mode=self.mode)
+        aim = Aim(mode=mode, plan=target(mode, None, snapshot))
+        snapshot = attrs.evolve(snapshot, aim=aim)
+        holders = self._leases.holders()
+        snapshot = attrs.evolve(snapshot, vlm_leased=bool(holders.vlm), clip_leased=bool(holders.clip))
+        if self.mode is mode and self.state.value == mode.value:
+            return f"{mode.name} stands."
+        if mode is ExecutionMode.IDLE:
+            return "IDLE is available: it needs nothing."
+        if guards.undecided(snapshot):
+            return f"{mode.name} is not available: {guards.unknown(snapshot)}"
+        why = guards.why_not(snapshot)
+        if why is not None:
+            return f"{mode.name} is not available: {self._named(why)}"
+        if guards.blocked(snapshot):
+            names = ", ".join(self._leases.names(snapshot.models_to_move))
+            return f"{mode.name} has to wait for leases: {names}."
+        free = self._seen.vram.free_mib
+        return (
+            f"{mode.name} is available: it needs {snapshot.acquire_mib:.0f} MiB more, "
+            f"{'an unknown amount is' if free is None else f'{free:.0f} MiB are'} free and "
+            f"{snapshot.reclaimable_mib:.0f} MiB can be given up."
+        )
+
+
+def errors_for_unplaced(s: Snapshot) -> GPUFSMError:
+    """Why the world is not as planned after the steps: short, stuck, or undone."""
+    why = guards.why_not(s)
+    if why is not None:
+        return why
+    if not guards.fits(s):
+        return guards.shortage(s)
+    if s.vlm_surplus:
+        return errors.UnloadStuck(detail="the VLM is in again after its unload", remedy="Another client may use it.")
+    return errors.PlacementLost(detail="the world did not follow the plan")

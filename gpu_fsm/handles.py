@@ -1,0 +1,119 @@
+"""What a lease gives its holder: the model, for as long as the lease lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gpu_fsm import errors
+from gpu_fsm.driver import Driver
+from gpu_fsm.ports import Completion
+
+if TYPE_CHECKING:
+    from gpu_fsm.ports import Embeddings
+
+
+class VLM:
+    """The VLM under a lease.  Every call is a use: it carries our keep_alive and re-arms the idle timer."""
+
+    def __init__(self, driver: Driver, lease: int) -> None:
+        self._driver = driver
+        self._lease = lease
+
+    @property
+    def model(self) -> str:
+        """The model's name in Ollama."""
+        return self._driver.server.model
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        images: Sequence[object] = (),
+        format: Mapping[str, Any] | str | None = None,  # noqa: A002 - Ollama's word
+        timeout_s: float | None = None,
+    ) -> Completion:
+        """Run a prompt, with images as PNG/JPEG bytes, paths or PIL images, and return the whole answer.
+
+        `format` is `"json"` or a JSON schema.  Raises errors of `gpu_fsm.errors`, `LeaseLost` if the model was taken.
+        """
+        return _only(self._run(self._driver.server.generate, prompt, images=images, format=format, timeout_s=timeout_s))
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        images: Sequence[object] = (),
+        format: Mapping[str, Any] | str | None = None,  # noqa: A002 - Ollama's word
+        timeout_s: float | None = None,
+    ) -> Iterator[Completion]:
+        """The same in parts; the last has `done=True`.  Close the iterator to stop early."""
+        server = self._driver.server
+        return self._run(server.generate, prompt, images=images, format=format, timeout_s=timeout_s, stream=True)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        format: Mapping[str, Any] | str | None = None,  # noqa: A002 - Ollama's word
+        timeout_s: float | None = None,
+    ) -> Completion:
+        """Continue a conversation of `{"role", "content", "images"}` messages and return the whole answer."""
+        return _only(self._run(self._driver.server.chat, messages, format=format, timeout_s=timeout_s))
+
+    def _run(
+        self,
+        call: Callable[..., Iterator[Completion]],
+        what: object,
+        *,
+        timeout_s: float | None,
+        **options: Any,
+    ) -> Iterator[Completion]:
+        driver, engine = self._driver, self._driver.engine
+        if driver.leases.is_lost(self._lease):
+            raise errors.LeaseLost(
+                detail="the VLM was taken away under this lease, or the lease has ended",
+                remedy="Take a new lease with manager.vlm().",
+            )
+        limit = driver.config.inference_timeout_s if timeout_s is None else timeout_s
+        driver.leases.touch()
+        try:
+            for part in call(what, keep_alive_s=engine.keep_alive_s, timeout_s=limit, **options):
+                driver.leases.touch()
+                if part.done:
+                    engine.used_server()
+                yield part
+        except errors.GPUFSMError as error:
+            driver.report(error)
+            raise
+        finally:
+            driver.leases.touch()
+
+
+def _only(parts: Iterator[Completion]) -> Completion:
+    last = None
+    for part in parts:
+        last = part
+    if last is None:
+        raise errors.OllamaProtocolError(detail="an answer without any part")
+    return last
+
+
+class CLIP:
+    """CLIP under a lease: it stays where it is until the lease ends."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    @property
+    def device(self) -> str:
+        """Where it is: `cpu`, `cuda:0`, `sim:0`."""
+        return self._driver.clip.device
+
+    def encode(self, items: Sequence[object], *, batch_size: int = 32, normalize: bool = True) -> Embeddings:
+        """Embed images and texts in order.  Returns float32 of shape (n, d), unit vectors with `normalize`."""
+        try:
+            return self._driver.clip.encode(items, batch_size=batch_size, normalize=normalize)
+        except errors.GPUFSMError as error:
+            self._driver.report(error)
+            raise

@@ -1,0 +1,317 @@
+"""`GPUResourceManager`: the public face.  It checks arguments, posts tickets and waits; it decides nothing.
+
+Blocking methods are here, the same verbs for asyncio under `manager.aio`.  See `states.py` for what may happen when.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, ClassVar, Self, cast
+
+from gpu_fsm import errors
+from gpu_fsm.aio import AsyncVerbs
+from gpu_fsm.arguments import as_mode, as_timeout, default_holder
+from gpu_fsm.driver import Driver, Listener
+from gpu_fsm.engine import JournalRecord
+from gpu_fsm.events import KINDS, Event
+from gpu_fsm.handles import CLIP, VLM
+from gpu_fsm.leases import forget, remember
+from gpu_fsm.ports import CLIPHost, Clock, NoCLIP, RealClock, VLMServer, VRAMProbe
+from gpu_fsm.settings import GPUResourceConfig, load_config
+from gpu_fsm.status import ClipPlace, ExecutionMode, GPUResourceStatus
+from gpu_fsm.tickets import Outcome
+
+_open: weakref.WeakSet[GPUResourceManager] = weakref.WeakSet()
+
+CLOSE_MARGIN_S = 5.0
+"""Beyond all of a close's own deadlines; a close that takes longer is a defect, and the process must still end."""
+
+
+class GPUResourceManager:
+    """Decides what is on the GPU and makes it so.
+
+    `config` None reads the environment and the configuration file.  The four ports default to the real ones; a
+    simulation passes its own.  `threaded=False` drives in the calling thread, for tests in virtual time.
+    """
+
+    _shared: ClassVar[GPUResourceManager | None] = None
+    _shared_lock: ClassVar[threading.Lock] = threading.Lock()
+    _cuda_before_fork: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        config: GPUResourceConfig | None = None,
+        *,
+        vlm_server: VLMServer | None = None,
+        clip_host: CLIPHost | None = None,
+        vram_probe: VRAMProbe | None = None,
+        clock: Clock | None = None,
+        threaded: bool = True,
+    ) -> None:
+        config = load_config() if config is None else config
+        clock = clock or RealClock()
+        if vlm_server is None:
+            from gpu_fsm.ollama import OllamaManager
+
+            vlm_server = OllamaManager(config, clock=clock)
+        if vram_probe is None:
+            from gpu_fsm.vram import VRAMMonitor
+
+            vram_probe = VRAMMonitor(config, clock=clock)
+        if clip_host is None:
+            clip_host = _real_clip(config)
+        self.config = config
+        self._driver = Driver(
+            config, server=vlm_server, clip=clip_host, probe=vram_probe, clock=clock, threaded=threaded
+        )
+        self._aio: AsyncVerbs | None = None
+        _open.add(self)
+
+    # --- modes -----------------------------------------------------------------------------------------------------------
+
+    def set_execution_mode(
+        self, mode: ExecutionMode | str, *, preempt: bool = False, timeout_s: float | None = None
+    ) -> Outcome:
+        """Ask for IDLE, RECORDING or AUTOPILOT and wait until it stands.
+
+        Returns an `Outcome`; where the mode cannot be given and the settings say `degrade`, `granted` is False and
+        `reason` says why.  `preempt` supersedes everything asked before.  Raises `Superseded`, `LeaseTimeout`,
+        `LeaseHeld`, `InsufficientVRAM` (with `on_shortage = refuse`), `ManagerClosed`, `OperationTimeout`.
+        """
+        return self._wait(self.submit_execution_mode(mode, preempt=preempt), timeout_s)
+
+    def submit_execution_mode(self, mode: ExecutionMode | str, *, preempt: bool = False) -> Future[Outcome]:
+        """The same without waiting: returns a future at once."""
+        return self._driver.post("request", mode=as_mode(mode), preempt=preempt).future
+
+    def ensure_vlm_loaded(self, *, timeout_s: float | None = None) -> None:
+        """Return when the VLM is resident; the mode stays.
+
+        Raises why it cannot be: `InsufficientVRAM`, `ModelNotFound`, `OllamaUnavailable`, `LoadFailed`,
+        `DegradedError` ... or `OperationTimeout` after `timeout_s` (the load goes on then).
+        """
+        self._ask("vlm_wanted", timeout_s)
+
+    def ensure_vlm_unloaded(self, *, timeout_s: float | None = None) -> None:
+        """Return when the VLM is gone and its memory is back; the mode stays.
+
+        Raises `UnloadStuck`, `ReleaseUnproven`, `ResidencyUnknown`, `LeaseTimeout`, `OperationTimeout`.
+        """
+        self._ask("vlm_unwanted", timeout_s)
+
+    def migrate_clip_to_gpu(self, *, timeout_s: float | None = None) -> None:
+        """Move CLIP up, in IDLE; elsewhere `ModeConflict` unless it is there."""
+        self._migrate("gpu", timeout_s)
+
+    def migrate_clip_to_cpu(self, *, timeout_s: float | None = None) -> None:
+        """Move CLIP down, in IDLE; elsewhere `ModeConflict` unless it is there."""
+        self._migrate("cpu", timeout_s)
+
+    # --- using the models ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def vlm(self, *, holder: str = "", timeout_s: float | None = None) -> Iterator[VLM]:
+        """Lease the VLM, loading it first where it is out.  It is not unloaded while the block runs."""
+        driver, timeout_s = self._driver, as_timeout(timeout_s)
+        driver.check_usable()
+        holder = holder or default_holder()
+        lease = driver.leases.try_vlm(holder)
+        if lease is None:
+            future = driver.post("vlm_wanted", lease_for=holder).future
+            lease = self._lease(future, timeout_s, lambda outcome: outcome.lease or 0)
+        remember(lease)
+        try:
+            yield VLM(driver, lease)
+        finally:
+            forget(lease)
+            driver.leases.release(lease)
+
+    @contextlib.contextmanager
+    def clip(self, *, holder: str = "", timeout_s: float | None = None) -> Iterator[CLIP]:
+        """Lease CLIP where it is.  It is not moved while the block runs."""
+        driver, timeout_s = self._driver, as_timeout(timeout_s)
+        driver.check_usable()
+        if driver.clip.place == "none":
+            raise errors.ClipUnavailable(detail="no CLIP is managed", remedy="Set clip_model.")
+        lease = self._lease(driver.leases.ask_clip(holder or default_holder()), timeout_s, int)
+        remember(lease)
+        try:
+            yield CLIP(driver)
+        finally:
+            forget(lease)
+            driver.leases.release(lease)
+
+    # --- looking ---------------------------------------------------------------------------------------------------------
+
+    def get_status(self) -> GPUResourceStatus:
+        """Everything at this moment, complete also in the middle of a step.  Takes no lock and does no I/O."""
+        return self._driver.status()
+
+    def get_clip_device(self) -> str:
+        """The device that every tensor of CLIP is on: `cpu`, `cuda:0`, `none` where no CLIP is managed."""
+        return self._driver.clip.device
+
+    def explain(self, mode: ExecutionMode | str) -> str:
+        """In words, with the figures of the last look: why `mode` is or is not available now."""
+        return self._driver.engine.explain(as_mode(mode))
+
+    @property
+    def journal(self) -> tuple[JournalRecord, ...]:
+        """The last `journal_size` rows taken, oldest first."""
+        return tuple(self._driver.engine.journal)
+
+    def subscribe(self, callback: Listener, *kinds: str | type[Event]) -> Callable[[], None]:
+        """Call `callback(event)` for events of these kinds (all if none is named); returns the unsubscriber.
+
+        Listeners run on a thread of their own.  One that raises or is slow harms nobody: it is logged and counted.
+        """
+        known = {kind.kind for kind in KINDS}
+        wanted = frozenset(kind if isinstance(kind, str) else kind.kind for kind in kinds)
+        if not wanted <= known:
+            unknown = ", ".join(sorted(wanted - known))
+            raise errors.BadArgument(detail=f"unknown event {unknown}", remedy=f"Use {', '.join(sorted(known))}.")
+        if not callable(callback):
+            raise errors.BadArgument(detail=f"{callback!r} cannot be called")
+        return self._driver.subscribe(callback, wanted)
+
+    @property
+    def aio(self) -> AsyncVerbs:
+        """The same verbs for asyncio, usable from several event loops at once."""
+        if self._aio is None:
+            self._aio = AsyncVerbs(self._driver, self.close)
+        return self._aio
+
+    # --- the end ---------------------------------------------------------------------------------------------------------
+
+    def close(self, *, timeout_s: float | None = None) -> tuple[str, ...]:
+        """Give back what is ours (our VLM out, CLIP on the CPU) and stop; idempotent.
+
+        Waits for leases up to `drain_timeout_s`, then goes on.  Returns what had to be left behind, in words.
+        """
+        timeout_s = as_timeout(timeout_s)
+        driver = self._driver
+        if driver.closed or os.getpid() != driver.pid:
+            _open.discard(self)
+            return ()
+        config = driver.config
+        bound = config.drain_timeout_s + config.unload_deadline_s * 2 + config.shed_deadline_s + config.settle_timeout_s
+        limit = bound + config.vlm_load_deadline_s + CLOSE_MARGIN_S if timeout_s is None else timeout_s
+        outcome = cast(Outcome, driver.wait(driver.post_close(), limit))
+        driver.join(CLOSE_MARGIN_S)
+        for port in (driver.server, driver.clip, driver.probe):
+            port.close()
+        _open.discard(self)
+        with GPUResourceManager._shared_lock:
+            if GPUResourceManager._shared is self:
+                GPUResourceManager._shared = None
+        return outcome.leftovers
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        _ = self.aio
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aio.close()
+
+    # --- one for the process -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def shared(cls, config: GPUResourceConfig | None = None, **ports: Any) -> GPUResourceManager:
+        """The process-wide manager, made at the first call.  A forked child gets its own."""
+        with cls._shared_lock:
+            if cls._shared is None:
+                if cls._cuda_before_fork:
+                    raise errors.ForkedProcess(
+                        detail="CUDA was initialised before the fork, and does not survive one",
+                        remedy="Start workers with the spawn method, or fork before the first use of the GPU.",
+                    )
+                cls._shared = cls(config, **ports)
+            return cls._shared
+
+    # --- for simulations -----------------------------------------------------------------------------------------------------
+
+    def drive_for(self, seconds: float) -> None:
+        """With `threaded=False`: let `seconds` of the manager's clock pass and serve what falls due."""
+        if self._driver.threaded:
+            raise errors.BadArgument(detail="a threaded manager drives itself")
+        self._driver.drive_for(seconds)
+
+    # --- helpers ---------------------------------------------------------------------------------------------------------------
+
+    def _ask(self, kind: Any, timeout_s: float | None) -> None:
+        timeout_s = as_timeout(timeout_s)
+        self._wait(self._driver.post(kind).future, timeout_s)
+
+    def _migrate(self, place: ClipPlace, timeout_s: float | None) -> None:
+        timeout_s = as_timeout(timeout_s)
+        self._wait(self._driver.post("migrate_clip", place=place).future, timeout_s)
+
+    def _wait(self, future: Future[Outcome], timeout_s: float | None) -> Outcome:
+        return self._driver.wait(future, as_timeout(timeout_s))
+
+    def _lease(self, future: Future[Any], timeout_s: float | None, lease_of: Callable[[Any], int]) -> int:
+        """Wait for a lease; one that is granted after we gave up is given back."""
+        try:
+            return lease_of(self._driver.wait(future, timeout_s))
+        except BaseException:
+            if not future.cancel() and future.done() and future.exception() is None:
+                self._driver.leases.release(lease_of(future.result()))
+            raise
+
+    def __repr__(self) -> str:
+        status = self.get_status()
+        return (
+            f"<GPUResourceManager {status.state.name} mode={status.execution_mode.name} vlm={status.vlm_state.value} "
+            f"clip={status.clip_device} leases={len(status.leases)} queued={status.queued}>"
+        )
+
+
+def _real_clip(config: GPUResourceConfig) -> CLIPHost:
+    if config.clip_model is None:
+        return NoCLIP()
+    from gpu_fsm.clip import CLIPManager
+
+    return CLIPManager(config)
+
+
+def _close_all() -> None:
+    """Nothing of ours stays on the card because the interpreter ends."""
+    for manager in list(_open):
+        with contextlib.suppress(Exception):
+            manager.close()
+
+
+def _before_fork() -> None:
+    import sys
+
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    GPUResourceManager._cuda_before_fork = bool(cuda is not None and cuda.is_initialized())
+
+
+def _after_fork_in_child() -> None:
+    GPUResourceManager._shared = None
+    GPUResourceManager._shared_lock = threading.Lock()
+    _open.clear()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)

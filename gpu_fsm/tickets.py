@@ -1,0 +1,149 @@
+"""Requests on their way to the machine: the ticket, its outcome, and the mailbox they wait in.
+
+Posting never blocks.  A ticket's number is given under the mailbox's lock, and "superseded" is a comparison of numbers,
+never a flag set after posting: a flag can hit a request that has already been taken out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Literal
+
+import attrs
+from attrs import define, field, frozen
+
+from gpu_fsm.errors import GPUFSMError
+from gpu_fsm.status import ClipPlace, ExecutionMode, Reason, State
+
+Kind = Literal["request", "vlm_wanted", "vlm_unwanted", "migrate_clip", "close"]
+
+
+@frozen(kw_only=True)
+class Outcome:
+    """How a request ended.
+
+    `granted` is False where the manager is DEGRADED instead; `reason` then says why.  Refusals are exceptions.
+    """
+
+    asked: str
+    state: State
+    reason: Reason | None = None
+    granted: bool = True
+    lease: int | None = field(default=None, repr=False)
+    leftovers: tuple[str, ...] = ()
+
+
+@define(eq=False, kw_only=True)
+class Ticket:
+    """One request.  Its future is resolved exactly once, by the driver."""
+
+    kind: Kind
+    mode: ExecutionMode | None = None
+    place: ClipPlace | None = None
+    preempt: bool = False
+    lease_for: str | None = None
+    """Grant a VLM lease to this holder in the same breath as the acknowledgement."""
+    holds: frozenset[int] = frozenset()
+    """Leases that the caller holds itself."""
+    posted_at: float = 0.0
+    seq: int = 0
+    waiting_since: float | None = None
+    future: Future[Outcome] = field(factory=Future)
+
+    @property
+    def asked(self) -> str:
+        """The request in words."""
+        match self.kind:
+            case "request":
+                return self.mode.name if self.mode else "?"
+            case "migrate_clip":
+                return f"CLIP on {self.place}"
+            case kind:
+                return kind
+
+    @property
+    def wants_vlm(self) -> bool:
+        """Whether a load that is under way serves this request too."""
+        return self.kind == "vlm_wanted" or self.mode is ExecutionMode.RECORDING
+
+    def same_as(self, other: Ticket) -> bool:
+        """Adjacent requests that ask for the same cost one."""
+        return (self.kind, self.mode, self.place) == (other.kind, other.mode, other.place)
+
+    def grant(self, outcome: Outcome) -> bool:
+        """Resolve; False if the waiter has gone."""
+        if self.future.done() or not self.future.set_running_or_notify_cancel():
+            return False
+        self.future.set_result(outcome)
+        return True
+
+    def refuse(self, error: GPUFSMError) -> None:
+        """Resolve with an error of its own: a shared exception object would collect tracebacks."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(type(error)(**attrs.asdict(error, recurse=False)))
+
+
+Group = tuple[Ticket, ...]
+"""Adjacent equal tickets, served as one."""
+
+
+class Mailbox:
+    """First in, first out; a preempting ticket throws out what was asked before it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queue: deque[Ticket] = deque()
+        self._last = 0
+        self.newest_preempt = 0
+        """Number of the newest preempting ticket; read without the lock."""
+
+    def post(self, ticket: Ticket) -> Group:
+        """Number and enqueue a ticket.  Returns the tickets it supersedes, for the caller to refuse."""
+        with self._lock:
+            self._last += 1
+            ticket.seq = self._last
+            superseded: Group = ()
+            if ticket.preempt:
+                superseded = tuple(self._queue)
+                self._queue.clear()
+                self.newest_preempt = ticket.seq
+            self._queue.append(ticket)
+            return superseded
+
+    def take(self) -> Group:
+        """Take the oldest ticket with its equal neighbours; empty if there is none."""
+        with self._lock:
+            if not self._queue:
+                return ()
+            group = [self._queue.popleft()]
+            while self._queue and self._queue[0].same_as(group[0]):
+                group.append(self._queue.popleft())
+            return tuple(group)
+
+    def clear(self) -> Group:
+        """Take everything: the manager is closing."""
+        with self._lock:
+            rest = tuple(self._queue)
+            self._queue.clear()
+            return rest
+
+    def wants_vlm(self) -> bool:
+        """Whether a queued ticket needs the VLM."""
+        with self._lock:
+            return any(ticket.wants_vlm for ticket in self._queue)
+
+    def head_preempts(self) -> bool:
+        """Whether the oldest ticket is a preempting one."""
+        with self._lock:
+            return bool(self._queue) and self._queue[0].preempt
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+
+def newest(group: Iterable[Ticket]) -> int:
+    """The highest number in a group; the plan that serves it is as new as that."""
+    return max((ticket.seq for ticket in group), default=0)

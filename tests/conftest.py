@@ -1,0 +1,56 @@
+"""What every test run shares: Hypothesis profiles, skips that give their reason, skips that are failures."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# `--hypothesis-profile=thorough` chooses another one.  A slow machine is not a failed test, so no deadline.
+settings.register_profile(
+    "ci", deadline=None, max_examples=100, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("thorough", parent=settings.get_profile("ci"), max_examples=2000, derandomize=False)
+settings.load_profile("ci")
+
+_NEEDED = ("torch", "sentence_transformers")
+_PROPERTY = re.compile(r"\btest_property_(0[1-9]|1[0-3])_|\btest_(invariant|s\d+|l\d+)_", re.IGNORECASE)
+_forbidden_skips: list[str] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs torch where torch is missing, and mark what must never be skipped."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    for item in items:
+        if missing and item.get_closest_marker("needs_torch"):
+            item.add_marker(pytest.mark.skip(reason=f"{' and '.join(missing)} not installed"))
+        if _PROPERTY.search(item.nodeid):
+            item.add_marker("must_run")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Note the skip of a test that must run: thirteen properties and the invariants are the point of the suite."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("must_run"):  # type: ignore[attr-defined]
+        _forbidden_skips.append(item.nodeid)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Turn forbidden skips into a failed run."""
+    if _forbidden_skips and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which skip failed the run, and print the three counts even where they are zero."""
+    for nodeid in _forbidden_skips:
+        terminalreporter.write_line(f"SKIP IS A FAILURE: {nodeid}", red=True)
+    stats = terminalreporter.stats
+    failed = len(stats.get("failed", [])) + len(stats.get("error", [])) + len(_forbidden_skips)
+    passed, skipped = len(stats.get("passed", [])), len(stats.get("skipped", []))
+    terminalreporter.write_line(f"tests: {passed} passed, {failed} failed, {skipped} skipped")

@@ -1,0 +1,166 @@
+"""The command line: bad input is one line that names the thing and the mend, and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpu_fsm import __version__, diagrams
+from gpu_fsm.cli import EXIT_CODES, ExitCode, main
+from gpu_fsm.settings import settings_table
+
+SECRET = "s3cret-canary"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("GPU_FSM_") or name == "OLLAMA_HOST":
+            monkeypatch.delenv(name)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *argv: str, code: ExitCode = ExitCode.USAGE) -> str:
+    """Run a command that must be refused and return its one line."""
+    assert main(argv) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("gpu-fsm: ")
+    assert said.err.count("\n") == 1, said.err
+    assert "Traceback" not in said.err
+    return said.err
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    """One place says it."""
+    assert main(["--version"]) == ExitCode.FINE
+    assert capsys.readouterr().out == f"gpu-fsm {__version__}\n"
+
+
+def test_the_diagram_is_that_of_the_running_definition(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both views, byte for byte."""
+    assert main(["diagram"]) == ExitCode.FINE
+    assert capsys.readouterr().out == diagrams.overview()
+    assert main(["diagram", "--detail"]) == ExitCode.FINE
+    assert capsys.readouterr().out == diagrams.detail()
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["diagram", "--help"], ["demo", "--help"], ["run", "--help"]])
+def test_every_help_has_an_example(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A person copies the example first."""
+    assert main(argv) == ExitCode.FINE
+    text = capsys.readouterr().out
+    assert "Example" in text
+    assert "gpu-fsm " in text
+
+
+def test_the_help_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    """One table, here and in the README."""
+    main(["--help"])
+    text = capsys.readouterr().out
+    for code, about in EXIT_CODES.items():
+        assert f"{code.value:>3}  {about}" in text
+
+
+def test_run_has_an_option_for_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are made from the settings class."""
+    main(["run", "--help"])
+    text = capsys.readouterr().out
+    for setting in settings_table():
+        assert setting.option in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["demmo"], "demmo"),
+        (["run", "--screens", ".", "--idle-timeout-s", "-1"], "option --idle-timeout-s"),
+        (["run", "--screens", ".", "--idle-timeout-s", "nan"], "option --idle-timeout-s"),
+        (["run", "--screens", ".", "--vlm-model", ""], "option --vlm-model"),
+        (["run", "--screens", ".", "--vlm-load-retries", "1.5"], "option --vlm-load-retries"),
+        (["run", "--screens", ".", "--on-shortage", "degrad"], "Did you mean degrade?"),
+        (["run", "--screens", ".", "--mode", "recordin"], "recordin"),
+        (["run", "--screens", ".", "--idle-timout-s", "3"], "--idle-timeout-s"),
+        (["run", "--screens", ".", "--config", "missing.toml"], "missing.toml"),
+        (["run", "--screens", "no-such-folder"], "no-such-folder"),
+        (["demo", "--screens", "no-such-folder"], "no-such-folder"),
+        (["run"], "--screens"),
+        (["demo", "--ollama", "ftp://x"], "ftp://x"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unknown words, numbers out of bounds, files and folders that are not there."""
+    assert said in complaint(capsys, *argv)
+
+
+@pytest.mark.parametrize("command", [["demo"], ["run", "--screens", "."]])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OLLAMA_HOST", "ftp://x"),
+        ("GPU_FSM_IDLE_TIMEOUT_S", "nan"),
+        ("GPU_FSM_IDLE_TIMOUT_S", "3"),
+        ("GPU_FSM_VLM_MODEL", ""),
+        ("GPU_FSM_CONFIG", "missing.toml"),
+    ],
+)
+def test_a_bad_variable_is_named(
+    command: list[str], name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is started."""
+    monkeypatch.setenv(name, value)
+    assert (value if name == "GPU_FSM_CONFIG" else name) in complaint(capsys, *command)
+
+
+def test_a_typo_in_the_file_is_named_with_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what was probably meant."""
+    path = tmp_path / "gpu-fsm.toml"
+    path.write_text("[gpu-fsm]\nidle_timout_s = 3\n", encoding="utf-8")
+    line = complaint(capsys, "run", "--screens", ".", "--config", str(path))
+    assert str(path) in line
+    assert "Did you mean idle_timeout_s?" in line
+
+
+@pytest.mark.parametrize("command", ["demo", "run"])
+@pytest.mark.parametrize("content", [None, b"", b"\x89PNG\r\n\x1a\nbroken"])
+def test_a_folder_without_a_whole_picture_is_refused(
+    command: str, content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Empty, or with a picture that cannot be read: the file is named."""
+    pytest.importorskip("PIL", reason="pillow not installed")
+    if content is not None:
+        (tmp_path / "shot.png").write_bytes(content)
+    line = complaint(capsys, command, "--screens", str(tmp_path))
+    assert str(tmp_path) in line
+    if content is not None:
+        assert "shot.png" in line
+
+
+def test_a_control_character_from_outside_never_reaches_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """An escape sequence in an argument is shown, not obeyed."""
+    assert "\x1b" not in complaint(capsys, "run", "--screens", "\x1b[31mred")
+
+
+def test_credentials_never_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not even when the address is refused."""
+    line = complaint(capsys, "run", "--screens", ".", "--ollama-url", f"http://user:{SECRET}@example.com")
+    assert SECRET not in line
+
+
+def test_the_module_runs_as_a_program_and_a_closed_pipe_is_no_traceback() -> None:
+    """`python -m gpu_fsm` is `gpu-fsm`; whoever reads may stop reading."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "gpu_fsm", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"gpu-fsm {__version__}\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        closed = subprocess.run(
+            [sys.executable, "-m", "gpu_fsm", "diagram"], stdout=gone, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert closed.returncode == ExitCode.FAILED
+    assert closed.stderr == ""
