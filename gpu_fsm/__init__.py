@@ -13,7 +13,9 @@ guards - the snapshot of one event, and the predicates on it
 states - the states, their promises, the table of all moves: read first
 tickets, leases - requests on their way; who uses which model
 machine - the table, running: the only file that knows transitions
-engine - the machine's memory and hands: looking, bookkeeping, the steps' work
+observer - looking: what the ports answer, and what is remembered between looks
+steps - acting: what the four steps do to the world, and how they prove it
+engine - the machine's memory: aims, tickets, reasons, timers; it carries out what the table decides
 ollama, vram, clip - the adapters to Ollama, NVML and sentence-transformers
 driver - the one writer: mailbox, threads, timers, listeners
 arguments, handles - what callers hand in; what a lease gives them

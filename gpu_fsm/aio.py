@@ -32,9 +32,7 @@ class AsyncVerbs:
 
     def __init__(self, driver: Driver, close: Callable[[], tuple[str, ...]]) -> None:
         if not driver.threaded:
-            raise errors.BadArgument(
-                detail="the asyncio face needs a threaded manager", remedy="Leave threaded=True."
-            )
+            raise errors.BadArgument(detail="the asyncio face needs a threaded manager", remedy="Leave threaded=True.")
         self._driver = driver
         self._close = close
 
@@ -155,9 +153,7 @@ class AsyncVLM:
         timeout_s: float | None = None,
     ) -> Completion:
         """See `VLM.generate`."""
-        return await asyncio.to_thread(
-            self._vlm.generate, prompt, images=images, format=format, timeout_s=timeout_s
-        )
+        return await asyncio.to_thread(self._vlm.generate, prompt, images=images, format=format, timeout_s=timeout_s)
 
     async def chat(
         self,

@@ -87,7 +87,7 @@ class Driver:
             for thread in self._threads:
                 thread.start()
 
-    # --- posting: from any thread, never blocks -----------------------------------------------------------------------------
+    # --- posting: from any thread, never blocks ---
 
     def post(
         self,
@@ -147,7 +147,7 @@ class Driver:
         if self.closed or (self._closing is not None and not closing):
             raise errors.ManagerClosed(detail="the manager is closed", remedy="Make a new one.")
 
-    # --- waiting -------------------------------------------------------------------------------------------------------------
+    # --- waiting ---
 
     def wait(self, future: Future[T], timeout_s: float | None) -> T:
         """Wait for a future; an inline driver drives meanwhile.  The timeout ends the waiting, not the work."""
@@ -206,10 +206,10 @@ class Driver:
         if not self.threaded:
             self._dispatch_pending()
 
-    # --- driving ---------------------------------------------------------------------------------------------------------------
+    # --- driving ---
 
     def _next(self) -> bool:
-        """Do the next thing there is to do: reports, the waiting ticket, the mailbox, timers.  False if nothing is due."""
+        """Do the next thing there is to do: reports, waiting, mailbox, timers.  False if none is due."""
         engine = self.engine
         if self.closed:
             return False
@@ -274,7 +274,7 @@ class Driver:
                 self._next()
         self._events.put(None)
 
-    # --- telling ---------------------------------------------------------------------------------------------------------------
+    # --- telling ---
 
     def publish(self, status: GPUResourceStatus) -> None:
         """Replace the status as a whole."""

@@ -19,46 +19,33 @@ from gpu_fsm.errors import GPUFSMError, one_line
 from gpu_fsm.events import (
     Degraded,
     Event,
-    ForeignEvicted,
     IdleUnload,
     ModeChanged,
     Recovered,
-    ResourceChanged,
     StateChanged,
     VLMLost,
 )
-from gpu_fsm.guards import PROOF, Aim, Observation, Plan, Snapshot, hold_of, target
+from gpu_fsm.guards import Aim, Plan, Snapshot, hold_of, target
 from gpu_fsm.leases import LeaseBook
 from gpu_fsm.machine import ModeMachine
-from gpu_fsm.ports import CLIPHost, Clock, Interrupt, VLMServer, VRAMProbe
+from gpu_fsm.observer import Observer
+from gpu_fsm.ports import CLIPHost, Clock, VLMServer, VRAMProbe
 from gpu_fsm.settings import GPUResourceConfig
 from gpu_fsm.states import STABLE, STANDING, STEPS, Row
 from gpu_fsm.status import (
     Answer,
-    Catalog,
     ExecutionMode,
     GPUResourceStatus,
     Hold,
-    LoadedModel,
     ModelState,
     Reason,
-    Residency,
     State,
     TimerInfo,
-    VRAMInfo,
 )
+from gpu_fsm.steps import Steps
 from gpu_fsm.tickets import Group, Mailbox, Outcome, Ticket, newest
 
 log = logging.getLogger("gpu_fsm")
-
-ABSENCE_S = 0.5
-"""An aborted load is gone when Ollama denied it for this long: it polls its runner every 0.25 s."""
-
-OLLAMA_PROCESSES = ("ollama", "llama")
-"""In the names of Ollama's server and runners: `ollama`, `llama-server`, `ollama_llama_server`."""
-
-DISK_TO_VRAM = 1.2
-"""A model needs more on the card than on disk: context and projector."""
 
 
 @frozen(kw_only=True)
@@ -105,6 +92,18 @@ class Engine:
         self._server, self._clip, self._probe, self._clock = server, clip, probe, clock
         self._mailbox, self._leases, self._owner = mailbox, leases, owner
         self.machine = ModeMachine(self)
+        self._observer = Observer(config, server=server, clip=clip, probe=probe, clock=clock, tell=owner.tell)
+        self._steps = Steps(
+            config,
+            server=server,
+            clip=clip,
+            probe=probe,
+            clock=clock,
+            leases=leases,
+            observer=self._observer,
+            superseded=lambda: mailbox.newest_preempt > self._seq,
+            tell=owner.tell,
+        )
         self.journal: deque[JournalRecord] = deque(maxlen=config.journal_size)
         self._records = 0
 
@@ -123,18 +122,7 @@ class Engine:
         self._waiting_models: frozenset[str] = frozenset()
         self._lease_version = leases.version
         # What is known
-        self._seen = Observation()
-        self._catalog = Catalog()
         self._snapshot = Snapshot()
-        self._told_free: float | None = None
-        self._gpu_expected = False
-        self._vlm_ours = False
-        self._vlm_measured_mib: float | None = None
-        self._evidence: Literal["measured", "reported", "none"] = "none"
-        self._unknown_since: float | None = None
-        self._below_since: float | None = None
-        self._raised_need_mib: tuple[float, float] | None = None  # (needed, until)
-        self._others_before: tuple[LoadedModel, ...] = ()
         # What went wrong
         self._failure: GPUFSMError | None = None
         self._reason: Reason | None = None
@@ -149,17 +137,10 @@ class Engine:
         self._check_at = now  # the first look is at once: what is resident may be older than we are
         self._recover_at = now
         self._idle_not_before = now
-        self._server_until = float("-inf")
         # The running step
-        self._interrupt: Interrupt | None = None
-        self._step_seq = 0
-        self._released = False
-        self._release_error: GPUFSMError | None = None
-        self._aborted_load: tuple[float | None] | None = None
         self._idle_since: float | None = None
 
-    # =====================================================================================================================
-    # Events in
+    # --- Events in ---
 
     @property
     def state(self) -> State:
@@ -197,7 +178,9 @@ class Engine:
         queue then, and the step's outcome with it.
         """
         if self.state in STEPS:
-            self._failure = self._failure or errors.InternalError(detail="the drive was cut off in the middle of a step")
+            self._failure = self._failure or errors.InternalError(
+                detail="the drive was cut off in the middle of a step"
+            )
             if self.state is State.SHEDDING:
                 self.work(State.SHEDDING)
             else:
@@ -232,24 +215,20 @@ class Engine:
 
     def interrupt(self, ticket: Ticket) -> None:
         """From the posting thread: a preempting ticket arrived.  Cuts off a load that it has no use for."""
-        running = self._interrupt
-        if running is not None and ticket.seq > self._step_seq and not ticket.wants_vlm:
-            running.set()
+        if ticket.seq > self._seq and not ticket.wants_vlm:
+            self._steps.interrupt_load()
 
-    # =====================================================================================================================
-    # Looking
+    # --- Looking ---
 
     def observe(self, trigger: str, facts: Mapping[str, Any]) -> Snapshot:
         """Build the one snapshot of an event.  `fault` and `shed` reuse the last look."""
         ticket: Ticket | None = facts.get("ticket")
         if trigger not in ("fault", "shed"):
-            self._seen = self._look(trigger, ticket)
+            wants_vlm = trigger == "vlm_wanted" or (ticket is not None and ticket.wants_vlm)
+            self._observer.look(catalog=wants_vlm or self.state is State.DEGRADED)
         snapshot = self._snapshot_of(trigger, ticket)
         if isinstance(guards.why_not(snapshot), errors.InsufficientVRAM):
-            # Only now: the driver needs milliseconds for its process list.
-            holders_of_card = tuple(str(holder) for holder in self._probe.holders() or ())
-            self._seen = attrs.evolve(self._seen, foreign_holders=holders_of_card)
-            snapshot = attrs.evolve(snapshot, seen=self._seen)
+            snapshot = attrs.evolve(snapshot, seen=self._observer.look_at_holders())
         if self.state in STABLE and trigger not in ("fault", "shed"):
             # Counting leases and closing the gate is one step; `_finish_event` opens it again.
             closed = self._waiting_models if self.waiting else frozenset()
@@ -268,75 +247,6 @@ class Engine:
         self._snapshot = snapshot
         return snapshot
 
-    def _look(self, trigger: str, ticket: Ticket | None = None) -> Observation:
-        config, now = self.config, self._clock.monotonic()
-        vram = self._probe.read(config.observe_timeout_s)
-        residency = self._server.residency(config.observe_timeout_s)
-        clip, clip_needed = self._clip.place, self._clip.needed_mib
-        if residency.refused and self._server.on_our_card:
-            residency = self._silence(residency, vram, clip_needed)
-        wants_load = trigger in ("vlm_wanted", "recover") or (ticket is not None and ticket.wants_vlm)
-        if residency.answer is Answer.NO and not residency.refused and (wants_load or self.state is State.DEGRADED):
-            self._catalog = self._server.catalog(config.observe_timeout_s)
-        seen = Observation(
-            residency=residency,
-            catalog=self._catalog,
-            vram=vram,
-            clip=clip,
-            clip_device=self._clip.device,
-            clip_needed_mib=clip_needed if vram.present else 0.0,
-            clip_held_mib=self._clip.held_mib if vram.present else 0.0,
-            gpu_usable=self._gpu_expected_now(vram),
-            gpu_expected=self._gpu_expected,
-            gpu_unusable_reason=self._clip.gpu_unusable_reason,
-            at=now,
-        )
-        self._note_look(seen)
-        return seen
-
-    def _gpu_expected_now(self, vram: VRAMInfo) -> bool:
-        usable = self._clip.gpu_usable and not vram.lost
-        self._gpu_expected = self._gpu_expected or usable
-        return usable
-
-    def _silence(self, residency: Residency, vram: VRAMInfo, clip_needed: float) -> Residency:
-        """What a refused connection on this machine proves.
-
-        Nobody listens, but a runner orphaned by a killed server may hold memory.  So "not resident" needs a driver that
-        shows no such process and room; without any card there is nothing that could be held.
-        """
-        if not vram.present and not vram.lost:
-            return attrs.evolve(residency, answer=Answer.NO)
-        holders = self._probe.holders()
-        if holders is None or vram.free_mib is None:
-            return residency
-        orphan = any(word in holder.name.lower() for holder in holders for word in OLLAMA_PROCESSES)
-        room = vram.free_mib >= clip_needed + self.config.reserve_mib or self._clip.place == "gpu"
-        return attrs.evolve(residency, answer=Answer.NO) if room and not orphan else residency
-
-    def _note_look(self, seen: Observation) -> None:
-        """Keep the memories that span looks: how long unknown, how long short, what was told."""
-        now, free = seen.at, seen.vram.free_mib
-        if seen.residency.answer is Answer.UNKNOWN:
-            self._unknown_since = now if self._unknown_since is None else self._unknown_since
-        else:
-            self._unknown_since = None
-        if free is not None and self._server.on_our_card and free < self.config.floor_mib:
-            self._below_since = now if self._below_since is None else self._below_since
-        else:
-            self._below_since = None
-        if seen.residency.answer is Answer.NO:
-            self._vlm_ours, self._evidence = False, "none"
-        elif seen.residency.answer is Answer.YES and self._evidence == "none":
-            self._evidence = "reported"
-        if free is not None:
-            told = self._told_free
-            if told is None:
-                self._told_free = free
-            elif abs(free - told) >= self.config.resource_event_mib:
-                self._told_free = free
-                self._owner.tell(ResourceChanged(at=now, free_mib=free, told_mib=told, total_mib=seen.vram.total_mib))
-
     def _snapshot_of(self, trigger: str, ticket: Ticket | None) -> Snapshot:
         config, now = self.config, self._clock.monotonic()
         idle_due = self._leases.last_vlm_use + config.idle_timeout_s
@@ -349,24 +259,24 @@ class Engine:
             asked=ticket.mode if ticket else None,
             hold=self._standing.hold,
             aim=self._aim,
-            seen=self._seen,
-            vlm_needed_mib=self._vlm_needed(self._seen.vram),
+            seen=self._observer.seen,
+            vlm_needed_mib=self._observer.vlm_needed_mib(),
             reserve_mib=config.reserve_mib,
             floor_mib=config.floor_mib,
             accept_partial=config.on_partial_offload == "accept",
             on_our_card=self._server.on_our_card,
             refuse_on_shortage=config.on_shortage == "refuse",
             drain_over=bool(ticket and ticket.waiting_since is not None and now >= self._drain_end(ticket)),
-            vlm_ours=self._vlm_ours,
+            vlm_ours=self._observer.vlm_ours,
             used_since=idle_due > now,
             vlm_ticket_queued=self._mailbox.wants_vlm() or any(waiting.wants_vlm for waiting in self.waiting),
             superseded=self._mailbox.newest_preempt > self._seq,
-            released_something=self._released,
+            released_something=self._steps.released,
             came_from_plan=self._previous is not None,
-            unknown_too_long=self._unknown_since is not None and now - self._unknown_since >= config.unknown_max_s,
-            pressed_too_long=self._below_since is not None and now - self._below_since >= config.pressure_s,
+            unknown_too_long=self._observer.unknown_for(now) >= config.unknown_max_s,
+            pressed_too_long=self._observer.pressed_for(now) >= config.pressure_s,
             reassertions_left=len(self._reassertions) < config.reassert_limit,
-            cause_stands=bool(self._reason and self._reason.permanent and self._cause() == self._cause_print),
+            cause_stands=bool(self._reason and self._reason.permanent and self._observer.cause() == self._cause_print),
             leftovers=bool(self._leftovers),
         )
         if self.state in STABLE:
@@ -398,7 +308,7 @@ class Engine:
                 return Aim(mode=self.mode, hold=self._standing.hold, plan=Plan(clip=ticket.place, vlm=held))
             case "close":
                 stuck = s.drain_over and bool(self._leases.holders().clip)
-                release = self._vlm_ours and self.config.on_close == "release"
+                release = self._observer.vlm_ours and self.config.on_close == "release"
                 clip: Literal["cpu"] | None = None if stuck or s.seen.clip == "none" else "cpu"
                 return Aim(mode=ExecutionMode.IDLE, plan=Plan(clip=clip, vlm=False if release else None))
             case _ if degraded:
@@ -416,31 +326,7 @@ class Engine:
             return Aim(mode=self.mode, hold=Hold.PARKED, plan=target(self.mode, Hold.PARKED, s))
         return Aim(mode=self.mode, plan=target(self.mode, None, s))
 
-    def _vlm_needed(self, vram: VRAMInfo) -> float:
-        """What a load takes from our card: measured, else from the size on disk, else the setting."""
-        if not self._server.on_our_card or not vram.present:
-            return 0.0
-        needed = self.vlm_size()[0]
-        if self._raised_need_mib is not None:
-            raised, until = self._raised_need_mib
-            if self._clock.monotonic() < until:
-                return max(needed, raised)
-        return needed
-
-    def vlm_size(self) -> tuple[float, str]:
-        """The VLM's size for the next load in MiB, and where it comes from."""
-        if self._vlm_measured_mib is not None:
-            return self._vlm_measured_mib, "measured"
-        if self._catalog.size_mib is not None:
-            return self._catalog.size_mib * DISK_TO_VRAM, "tags"
-        return self.config.vlm_size_mib, "setting"
-
-    def _cause(self) -> tuple[object, ...]:
-        """What would have to change for a permanent cause to be gone."""
-        return (self._seen.catalog.present, self._seen.catalog.digest, self._seen.gpu_usable, self._seen.clip)
-
-    # =====================================================================================================================
-    # The rows' actions: bookkeeping before the state changes
+    # --- The rows' actions: bookkeeping before the state changes ---
 
     def take(self, row: Row, snapshot: Snapshot, verdicts: Mapping[str, bool]) -> None:
         """Write the journal and run the row's action."""
@@ -464,7 +350,7 @@ class Engine:
         action: Callable[[Snapshot], None] = getattr(self, f"act_{row.action}")
         action(snapshot)
 
-    # --- tickets ---------------------------------------------------------------------------------------------------------
+    # --- tickets ---
 
     def act_acknowledge(self, s: Snapshot) -> None:
         """It stands already: take over the hold and the number."""
@@ -536,7 +422,7 @@ class Engine:
             )
         )
 
-    # --- beginning, and turning back ----------------------------------------------------------------------------------------
+    # --- beginning, and turning back ---
 
     def act_begin(self, s: Snapshot) -> None:
         """Pursue the snapshot's aim; the plan is frozen from here on."""
@@ -586,7 +472,7 @@ class Engine:
 
     def _aim_of_ticket(self, ticket: Ticket, s: Snapshot) -> Aim:
         if ticket.kind == "close":
-            release = self._vlm_ours and self.config.on_close == "release"
+            release = self._observer.vlm_ours and self.config.on_close == "release"
             clip: Literal["cpu"] | None = None if s.seen.clip == "none" else "cpu"
             return Aim(mode=ExecutionMode.IDLE, plan=Plan(clip=clip, vlm=False if release else None))
         assert ticket.mode is not None
@@ -613,11 +499,11 @@ class Engine:
     def _pursue(self, aim: Aim, *, previous: Aim | None, keep_released: bool = False) -> None:
         self._aim = aim
         self._previous = previous
-        self._released = self._released and keep_released
-        self._release_error = None
+        self._steps.released = self._steps.released and keep_released
+        self._steps.unproven = None
         self._failure = None
 
-    # --- the way down ----------------------------------------------------------------------------------------------------
+    # --- the way down ---
 
     def act_degrade_fault(self, s: Snapshot) -> None:
         """The step's own error is the reason."""
@@ -660,7 +546,7 @@ class Engine:
 
     def act_degrade_unplaced(self, s: Snapshot) -> None:
         """The step ended and the world is not as planned."""
-        self._failure = self._release_error or errors_for_unplaced(s)
+        self._failure = self._steps.unproven or errors_for_unplaced(s)
 
     def act_degrade_aborted(self, s: Snapshot) -> None:
         """A lease won the race when something had been given back already."""
@@ -671,7 +557,7 @@ class Engine:
         """Try once more to get rid of what is left."""
         self._recover_at = self._next_try()
 
-    # --- standing --------------------------------------------------------------------------------------------------------
+    # --- standing ---
 
     def act_settle(self, s: Snapshot) -> None:
         """The promise has been observed: from here on it stands."""
@@ -683,7 +569,7 @@ class Engine:
         failure = self._failure
         if failure is not None:
             self._reason = Reason.of(failure, step=self._failed_in.value)
-            self._cause_print = self._cause()
+            self._cause_print = self._observer.cause()
         if self.mode is not ExecutionMode.DEGRADED:
             self._degraded_at = now
             if now - self._stood_since >= self.config.stable_s:
@@ -714,14 +600,13 @@ class Engine:
 
     def act_renew_keep_alive(self, s: Snapshot) -> None:
         """Extend Ollama's own timer; a failure is for the next check to see."""
-        keep_alive = self.keep_alive_s
         try:
-            self._server.renew(keep_alive_s=keep_alive, timeout_s=self.config.observe_timeout_s)
+            self._server.renew(keep_alive_s=self._steps.keep_alive_s, timeout_s=self.config.observe_timeout_s)
         except GPUFSMError as error:
             log.warning("gpu_fsm: renewal failed: %s", error)
-            self._server_until = self._clock.monotonic() + self.config.check_interval_s + self._renew_margin
+            self._steps.server_until = self._clock.monotonic() + self.config.check_interval_s + self._renew_margin
         else:
-            self.used_server()
+            self._steps.used_server()
 
     def act_note(self, s: Snapshot) -> None:
         """Seen; nothing to do."""
@@ -743,8 +628,7 @@ class Engine:
             return type(error)(**{**attrs.asdict(error, recurse=False), "model": self._server.model, "remedy": remedy})
         return error
 
-    # =====================================================================================================================
-    # Publishing
+    # --- Publishing ---
 
     def announce(self, old: State, new: State, row: Row) -> None:
         """The first thing a state does: be seen."""
@@ -771,15 +655,17 @@ class Engine:
             self._owner.tell(ModeChanged(at=now, old=before, new=mode, reason=self._reason))
             if mode is ExecutionMode.DEGRADED:
                 assert self._reason is not None
-                self._owner.tell(Degraded(at=now, reason=self._reason, asked=self.asked_mode, leftovers=self._leftovers))
+                self._owner.tell(
+                    Degraded(at=now, reason=self._reason, asked=self.asked_mode, leftovers=self._leftovers)
+                )
             elif before is ExecutionMode.DEGRADED:
                 self._owner.tell(Recovered(at=now, mode=mode, after_s=now - self._degraded_at))
 
     def publish(self) -> None:
         """Replace the status by one that tells everything."""
-        seen, residency = self._seen, self._seen.residency
+        seen, residency = self._observer.seen, self._observer.seen.residency
         model = residency.ours
-        size, source = self.vlm_size()
+        size, source = self._observer.vlm_size()
         vlm_ready = self._standing.plan.vlm is True and residency.answer is Answer.YES and self.state in STANDING
         self._leases.vlm_ready(seen.at + 2 * self.config.check_interval_s if vlm_ready else float("-inf"))
         present = seen.vram.present
@@ -797,8 +683,8 @@ class Engine:
                 vlm_size_mib=model.size_mib if model else size,
                 vlm_size_vram_mib=model.size_vram_mib if model else None,
                 vlm_size_source="resident" if model else source,
-                vlm_ours=self._vlm_ours,
-                evidence=self._evidence,
+                vlm_ours=self._observer.vlm_ours,
+                evidence=self._observer.evidence,
                 proof=self._proof(),
                 clip_device=seen.clip_device if seen.at else self._clip.device,
                 cpu_only=not present and not seen.vram.lost,
@@ -816,7 +702,7 @@ class Engine:
         )
 
     def _vlm_state(self) -> ModelState:
-        answer = self._seen.residency.answer
+        answer = self._observer.seen.residency.answer
         if self.state is State.LOADING:
             return ModelState.LOADING
         if self.state in (State.RELEASING, State.SHEDDING) and answer is Answer.YES and self._aim.plan.vlm is False:
@@ -826,9 +712,9 @@ class Engine:
     def _proof(self) -> str:
         if not self._server.on_our_card:
             return "Ollama runs on another machine: proof rests on /api/ps alone"
-        if not self._seen.vram.present:
+        if not self._observer.seen.vram.present:
             return "no GPU: proof rests on /api/ps alone"
-        if self._seen.vram.free_mib is None:
+        if self._observer.seen.vram.free_mib is None:
             return "the driver does not tell the free memory: proof rests on /api/ps and a fixed wait"
         return "/api/ps and the driver's bytes"
 
@@ -842,7 +728,7 @@ class Engine:
             if ticket.lease_for is not None:
                 lease = self._leases.grant_vlm(ticket.lease_for)
             if ticket.kind == "vlm_wanted":
-                self._vlm_ours = True
+                self._observer.vlm_ours = True
                 self._leases.touch()
             outcome = Outcome(asked=ticket.asked, state=self.state, lease=lease, leftovers=self._left_leased(ticket))
             if not ticket.grant(outcome) and lease is not None:
@@ -851,17 +737,18 @@ class Engine:
 
     def _left_leased(self, ticket: Ticket) -> tuple[str, ...]:
         """What a close had to leave behind."""
-        if ticket.kind != "close" or self._seen.clip != "gpu":
+        if ticket.kind != "close" or self._observer.seen.clip != "gpu":
             return ()
-        return (f"CLIP on {self._seen.clip_device}, leased by {', '.join(self._leases.names({'clip'})) or 'nobody'}",)
+        return (
+            f"CLIP on {self._observer.seen.clip_device}, leased by {', '.join(self._leases.names({'clip'})) or 'nobody'}",
+        )
 
     def _refuse(self, error: GPUFSMError) -> None:
         for ticket in self._serving:
             ticket.refuse(self._named(error))
         self._serving = ()
 
-    # =====================================================================================================================
-    # Working: what each state does when it is entered
+    # --- Working: what each state does when it is entered ---
 
     def work(self, state: State) -> None:
         """Run a state's own work; a step ends in exactly one event, whatever happens in it."""
@@ -875,10 +762,8 @@ class Engine:
             self._step(state)
 
     def _step(self, state: State) -> None:
-        self._step_seq = self._seq
         try:
-            work = {State.RELEASING: self._release, State.MIGRATING: self._migrate, State.LOADING: self._load}[state]
-            outcome = work()
+            outcome = self._do_step(state)
         except GPUFSMError as error:
             self._failure = self._named(error)
             outcome = "fault"
@@ -888,23 +773,43 @@ class Engine:
             outcome = "fault"
         self.machine.raise_event(outcome)
 
+    def _do_step(self, state: State) -> str:
+        if state is State.MIGRATING:
+            return self._steps.migrate()
+        if state is State.LOADING:
+            return self._steps.load(self._current())
+        if self._steps.prove_cut_off():
+            self._observer.look()
+        if not self._leases.claim(self._current().models_to_move):
+            if not (self._serving and self._serving[0].kind == "close"):
+                return "aborted"
+            self._force_for_close()
+        return self._steps.release(self._current())
+
+    def _force_for_close(self) -> None:
+        """Closing has waited for the leases long enough: a leased CLIP stays, a leased VLM finishes what it runs."""
+        if not self._leases.claim({"clip"}):
+            self._aim = attrs.evolve(self._aim, plan=attrs.evolve(self._aim.plan, clip=None))
+        self._leases.force(self._current().models_to_move)
+
+    def _current(self) -> Snapshot:
+        return attrs.evolve(self._snapshot, aim=self._aim, seen=self._observer.seen)
+
     def _on_standing(self) -> None:
-        self._raised_need_mib = None if self._standing.plan.vlm is True else self._raised_need_mib
         idle_since, self._idle_since = self._idle_since, None
-        if idle_since is not None and self._released and self._release_error is None:
+        unproven, self._steps.unproven = self._steps.unproven, None
+        if idle_since is not None and self._steps.released and unproven is None:
             now = self._clock.monotonic()
             self._owner.tell(IdleUnload(at=now, model=self._server.model, idle_s=now - idle_since))
-        unproven = self._release_error
-        self._release_error = None
         if unproven is not None and self._serving and self._serving[0].kind == "vlm_unwanted":
             self._refuse(unproven)
         else:
             self._resolve_granted()
-        self._released = False
+        self._steps.released = False
 
     def _on_degraded(self) -> None:
         self._idle_since = None
-        self._released = False
+        self._steps.released = False
         for ticket in self._serving:
             match ticket.kind:
                 case "request" | "close":
@@ -917,329 +822,35 @@ class Engine:
                             leftovers=self._leftovers,
                         )
                     )
-                case "vlm_unwanted" if self._seen.residency.answer is Answer.NO:
+                case "vlm_unwanted" if self._observer.seen.residency.answer is Answer.NO:
                     ticket.grant(Outcome(asked=ticket.asked, state=self.state))
                 case "vlm_unwanted":
-                    ticket.refuse(self._stuck())
+                    ticket.refuse(self._steps.stuck())
                 case _:
                     ticket.refuse(self._failure or errors.DegradedError(reason_code="degraded"))
 
-    # --- RELEASING -------------------------------------------------------------------------------------------------------
-
-    def _superseded(self) -> bool:
-        return self._mailbox.newest_preempt > self._step_seq
-
-    def _release(self) -> str:
-        """Give back what the plan does not want; then wait until the release is proven."""
-        s = self._current()
-        if self._aborted_load is not None:
-            self._prove_absence(self._aborted_load[0])
-            self._aborted_load = None
-            self._seen = self._look("step_done")
-            s = self._current()
-        if not self._leases.claim(s.models_to_move):
-            if not self._closing():
-                return "aborted"
-            s = self._force_for_close(s)
-        baseline = s.seen.vram
-        held = 0.0
-        if s.clip_surplus:
-            held += s.seen.clip_held_mib
-            self._released = True
-            self._clip.to_cpu()
-        if self._superseded():
-            return "aborted"
-        if s.vlm_surplus:
-            held += s.vlm_held_mib
-            self._released = True
-            if not self._unload(self._clock.monotonic() + self.config.unload_deadline_s, may_stop=True):
-                return "aborted"
-        if held > 0:
-            self._settle(baseline, held)
-        if s.vlm_surplus or self._aim.plan.vlm is not None:
-            self._await_answer()
-        return "step_done"
-
-    def _closing(self) -> bool:
-        return bool(self._serving) and self._serving[0].kind == "close"
-
-    def _force_for_close(self, s: Snapshot) -> Snapshot:
-        """Closing has waited for the leases long enough: a leased CLIP stays, a leased VLM finishes what it runs."""
-        if not self._leases.claim({"clip"}):
-            self._aim = attrs.evolve(self._aim, plan=attrs.evolve(self._aim.plan, clip=None))
-        s = self._current()
-        self._leases.force(s.models_to_move)
-        return s
-
-    def _current(self) -> Snapshot:
-        return attrs.evolve(self._snapshot, aim=self._aim, seen=self._seen)
-
-    def _unload(self, deadline: float, *, may_stop: bool) -> bool:
-        """Ask for the unload, again and again, until `/api/ps` denies the model.  False when superseded."""
-        sent = float("-inf")
-        residency = self._seen.residency
-        refusal: GPUFSMError | None = None
-        while True:
-            now = self._clock.monotonic()
-            if may_stop and self._superseded():
-                return False
-            if now - sent >= self.config.unload_resend_s:
-                sent = now
-                try:
-                    self._server.unload_model(timeout_s=max(0.1, min(self.config.observe_timeout_s, deadline - now)))
-                    refusal = None
-                except GPUFSMError as error:
-                    refusal = error
-                    if not error.retryable:
-                        raise
-            residency = self._server.residency(max(0.1, min(self.config.observe_timeout_s, deadline - now)))
-            if residency.answer is Answer.NO:
-                return True
-            now = self._clock.monotonic()
-            if now >= deadline:
-                if refusal is not None:
-                    raise refusal
-                raise self._stuck()
-            self._clock.sleep(min(self.config.settle_poll_s, max(0.0, deadline - now)))
-
-    def _stuck(self) -> errors.UnloadStuck:
-        return errors.UnloadStuck(
-            detail=f"Ollama still lists {self._server.model} after {self.config.unload_deadline_s:g} s of unload requests",
-            remedy="A request may be running in it, or its runner hangs: see `ollama ps`, or restart Ollama.",
-            model=self._server.model,
-        )
-
-    def _settle(self, baseline: VRAMInfo, held_mib: float) -> None:
-        """Wait until the driver shows the memory back; keep an error for those who asked for proof."""
-        start = self._clock.monotonic()
-        deadline = start + self.config.settle_timeout_s
-        runners = self._runners() if held_mib > 0 else None
-        returned = 0.0
-        while True:
-            vram = self._probe.read(self.config.observe_timeout_s)
-            if vram.free_mib is None or baseline.free_mib is None:
-                self._clock.sleep(self.config.blind_settle_s)
-                return
-            returned = vram.free_mib - baseline.free_mib
-            if returned >= PROOF * held_mib:
-                return
-            now = self._clock.monotonic()
-            if now >= deadline:
-                break
-            self._clock.sleep(min(self.config.settle_poll_s, deadline - now))
-        if runners and not (self._runners() or frozenset()) & runners:
-            return
-        self._release_error = errors.ReleaseUnproven(
-            detail=f"{held_mib:.0f} MiB were given back, {max(returned, 0.0):.0f} MiB of them came free in "
-            f"{self.config.settle_timeout_s:g} s",
-            remedy="Another program may have taken them, or a runner is stuck: see nvidia-smi.",
-            expected_mib=held_mib,
-            returned_mib=returned,
-        )
-
-    def _runners(self) -> frozenset[int] | None:
-        holders = self._probe.holders()
-        if holders is None:
-            return None
-        return frozenset(h.pid for h in holders if any(word in h.name.lower() for word in OLLAMA_PROCESSES))
-
-    def _prove_absence(self, free_before_mib: float | None) -> None:
-        """After a load that we cut off: nothing for `ABSENCE_S`, and the memory back at its level before the load."""
-        start = self._clock.monotonic()
-        deadline = start + self.config.settle_timeout_s
-        absent_since: float | None = None
-        while True:
-            now = self._clock.monotonic()
-            residency = self._server.residency(self.config.observe_timeout_s)
-            if residency.answer is Answer.YES or now >= deadline:
-                return  # it came in after all, or nobody can tell: the next look and the plan decide
-            absent_since = (absent_since or now) if residency.answer is Answer.NO else None
-            vram = self._probe.read(self.config.observe_timeout_s)
-            slack = (1 - PROOF) * self._vlm_needed(vram)
-            back = vram.free_mib is None or free_before_mib is None or vram.free_mib >= free_before_mib - slack
-            if absent_since is not None and now - absent_since >= ABSENCE_S and back:
-                return
-            self._clock.sleep(self.config.settle_poll_s)
-
-    def _await_answer(self) -> None:
-        """A step ends on a definite answer or at its deadline; the look that follows reads it again."""
-        deadline = self._clock.monotonic() + self.config.unload_deadline_s
-        while self._server.residency(self.config.observe_timeout_s).answer is Answer.UNKNOWN:
-            if self._clock.monotonic() >= deadline or self._superseded():
-                return
-            self._clock.sleep(self.config.settle_poll_s)
-
-    # --- MIGRATING, LOADING ----------------------------------------------------------------------------------------------
-
-    def _migrate(self) -> str:
-        """CLIP up."""
-        if self._superseded() or not self._leases.claim({"clip"}):
-            return "aborted"
-        self._clip.to_gpu()
-        self._await_answer()
-        return "step_done"
-
-    def _load(self) -> str:
-        """The VLM in, wholly on the GPU or not at all."""
-        interrupt = Interrupt()
-        self._interrupt = interrupt
-        before = self._seen.vram
-        others = self._seen.residency.others
-        try:
-            if self._superseded():
-                return "aborted"
-            deadline = self._clock.monotonic() + self.config.vlm_load_deadline_s
-            model = self._load_once(deadline, interrupt)
-            if not self._whole(model):
-                model = self._reload(model, before, deadline, interrupt)
-        except errors.LoadAborted:
-            self._aborted_load = (before.free_mib,)
-            return "aborted"
-        except errors.LoadOutOfMemory:
-            self._raise_need(before)
-            raise
-        finally:
-            self._interrupt = None
-        self._vlm_ours = True
-        self._measure(before, model)
-        gone = {other.name for other in others} - {other.name for other in self._others_after()}
-        if gone:
-            self._owner.tell(ForeignEvicted(at=self._clock.monotonic(), models=tuple(sorted(gone))))
-        return "step_done"
-
-    def _load_once(self, deadline: float, interrupt: Interrupt) -> LoadedModel | None:
-        report = self._server.load_model(
-            keep_alive_s=self.keep_alive_s,
-            deadline_s=max(0.1, deadline - self._clock.monotonic()),
-            interrupt=interrupt,
-            before_retry=self._settle_before_retry,
-        )
-        self.used_server()
-        if report.model is not None:
-            return report.model
-        self._await_answer()
-        return self._server.residency(self.config.observe_timeout_s).ours
-
-    def _settle_before_retry(self) -> None:
-        """A failed load gives its memory back late, and a retry at once would land on the CPU: let it stop rising."""
-        deadline = self._clock.monotonic() + self.config.settle_timeout_s
-        last = self._probe.read(self.config.observe_timeout_s).free_mib
-        while last is not None and self._clock.monotonic() < deadline:
-            self._clock.sleep(self.config.settle_poll_s)
-            free = self._probe.read(self.config.observe_timeout_s).free_mib
-            if free is None or free <= last:
-                return
-            last = free
-
-    def _whole(self, model: LoadedModel | None) -> bool:
-        seen = attrs.evolve(self._seen, residency=Residency(answer=Answer.YES, ours=model))
-        return attrs.evolve(self._snapshot, seen=seen).whole
-
-    def _reload(
-        self, model: LoadedModel | None, before: VRAMInfo, deadline: float, interrupt: Interrupt
-    ) -> LoadedModel | None:
-        """Ollama put part of the model on the CPU: out with it and in again, once, if the settings say so."""
-        held = model.size_vram_mib if model else 0.0
-        loaded = self._probe.read(self.config.observe_timeout_s)
-        self._unload(self._clock.monotonic() + self.config.unload_deadline_s, may_stop=False)
-        self._settle(loaded, held)
-        if self.config.on_partial_offload == "reload":
-            model = self._load_once(deadline, interrupt)
-            if self._whole(model):
-                return model
-        self._raise_need(before)
-        size, vram = (model.size_mib, model.size_vram_mib) if model else (0.0, 0.0)
-        raise errors.PartialOffload(
-            detail=f"only {vram:.0f} of {size:.0f} MiB of {self._server.model} came to the GPU",
-            remedy="Free GPU memory, use a smaller model or context, or set on_partial_offload to accept.",
-            model=self._server.model,
-            size_mib=size,
-            size_vram_mib=vram,
-        )
-
-    def _raise_need(self, before: VRAMInfo) -> None:
-        """What was free was not enough, so ask for more; for one back-off cap, since the failure may have been a fluke."""
-        if before.free_mib is not None:
-            until = self._clock.monotonic() + self.config.recover_cap_s
-            self._raised_need_mib = (before.free_mib - self.config.reserve_mib + 1.0, until)
-
-    def _measure(self, before: VRAMInfo, model: LoadedModel | None) -> None:
-        """How much the load really took, where the driver's bytes and Ollama's word are of one mind."""
-        if model is None:
-            return
-        self._evidence = "reported"
-        after = self._probe.read(self.config.observe_timeout_s)
-        if not self._server.on_our_card or before.free_mib is None or after.free_mib is None:
-            return
-        took = before.free_mib - after.free_mib
-        if model.size_vram_mib > 0 and PROOF * model.size_vram_mib <= took <= 1.5 * model.size_vram_mib:
-            self._evidence = "measured"
-            self._vlm_measured_mib = took
-
-    def _others_after(self) -> tuple[LoadedModel, ...]:
-        return self._server.residency(self.config.observe_timeout_s).others
-
-    # --- SHEDDING --------------------------------------------------------------------------------------------------------
-
     def _on_shedding(self) -> None:
         try:
-            self._shed()
+            self._leftovers = self._steps.shed(hands_off_vlm=isinstance(self._failure, errors.ExternalClient))
         except Exception:
             log.exception("gpu_fsm: shedding broke")
+            self._leftovers = ("unknown: shedding itself broke",)
         self.machine.raise_event("shed")
 
-    def _shed(self) -> None:
-        """To the safe placement as far as it goes: best effort, one deadline, and then look what is really left."""
-        now = self._clock.monotonic()
-        deadline = now + self.config.shed_deadline_s
-        if self._clip.place == "gpu":
-            self._shed_clip(min(deadline, now + self.config.shed_drain_s))
-        residency = self._server.residency(self.config.observe_timeout_s)
-        hands_off = isinstance(self._failure, errors.ExternalClient)
-        if residency.answer is not Answer.NO and not residency.refused and not hands_off:
-            self._leases.force({"vlm"})
-            before = self._probe.read(self.config.observe_timeout_s)
-            try:
-                self._unload(deadline, may_stop=False)
-                held = residency.ours.size_vram_mib if residency.ours and self._server.on_our_card else 0.0
-                if held and before.present:
-                    self._settle(before, held)
-            except GPUFSMError as error:
-                log.warning("gpu_fsm: shedding the VLM failed: %s", error)
-        self._seen = self._look("shed")
-        left = []
-        if self._seen.residency.answer is not Answer.NO:
-            left.append(f"{self._server.model}: {self._seen.residency.answer.value} in Ollama")
-        if self._seen.clip == "gpu":
-            left.append(f"CLIP on {self._seen.clip_device}")
-        self._leftovers = tuple(left)
-
-    def _shed_clip(self, deadline: float) -> None:
-        while not self._leases.claim({"clip"}):
-            now = self._clock.monotonic()
-            if now >= deadline:
-                return
-            self._clock.sleep(min(self.config.settle_poll_s, deadline - now))
-        try:
-            self._clip.to_cpu()
-        except GPUFSMError as error:
-            log.warning("gpu_fsm: shedding CLIP failed: %s", error)
-
-    # =====================================================================================================================
-    # Timers: data, a function of the state
+    # --- Timers: data, a function of the state ---
 
     @property
     def keep_alive_s(self) -> float:
-        """What every request of ours tells Ollama: our own patience and a margin, never for ever."""
-        return self.config.idle_timeout_s + self.config.keep_alive_margin_s
+        """What every request of ours tells Ollama, in seconds."""
+        return self._steps.keep_alive_s
+
+    def used_server(self) -> None:
+        """A request with our keep_alive has just been answered."""
+        self._steps.used_server()
 
     @property
     def _renew_margin(self) -> float:
         return self.config.keep_alive_margin_s / 2
-
-    def used_server(self) -> None:
-        """A request with our keep_alive has just been answered."""
-        self._server_until = self._clock.monotonic() + self.keep_alive_s
 
     def timers(self) -> dict[str, float]:
         """Every armed timer and when it is due."""
@@ -1254,11 +865,11 @@ class Engine:
         leased = bool(self._leases.holders().vlm)
         idle_at = self._leases.last_vlm_use + self.config.idle_timeout_s
         promised = self._standing.plan.vlm is True
-        may_be_in = self._seen.residency.answer is not Answer.NO
-        if may_be_in and (self._vlm_ours or promised) and not leased:
+        may_be_in = self._observer.seen.residency.answer is not Answer.NO
+        if may_be_in and (self._observer.vlm_ours or promised) and not leased:
             armed["idle"] = max(idle_at, self._idle_not_before)
-        if promised and (leased or idle_at > self._server_until):
-            armed["renew"] = self._server_until - self._renew_margin
+        if promised and (leased or idle_at > self._steps.server_until):
+            armed["renew"] = self._steps.server_until - self._renew_margin
         return armed
 
     def fire_timer(self, name: str) -> None:
@@ -1273,7 +884,9 @@ class Engine:
             self.fire("recover")
         elif name == "renew":
             # Whatever comes of it, not again at once.
-            self._server_until = max(self._server_until, now + self._renew_margin + self.config.check_interval_s)
+            self._steps.server_until = max(
+                self._steps.server_until, now + self._renew_margin + self.config.check_interval_s
+            )
             self.fire("renew")
 
     def check_soon(self) -> None:
@@ -1288,16 +901,15 @@ class Engine:
         return min(self._drain_end(ticket) for ticket in self.waiting)
 
     def _next_try(self) -> float:
-        delay = min(self.config.recover_cap_s, self.config.recover_base_s * 2**min(self._attempt, 30))
+        delay = min(self.config.recover_cap_s, self.config.recover_base_s * 2.0 ** min(self._attempt, 30))
         self._attempt += 1
         return self._clock.monotonic() + delay
 
-    # =====================================================================================================================
-    # Words
+    # --- Words ---
 
     def explain(self, mode: ExecutionMode) -> str:
         """Why `mode` is available now or is not, in words, from the last look."""
-        snapshot = attrs.evolve(self._snapshot, state=self.state, seen=self._seen, mode=self.mode)
+        snapshot = attrs.evolve(self._snapshot, state=self.state, seen=self._observer.seen, mode=self.mode)
         aim = Aim(mode=mode, plan=target(mode, None, snapshot))
         snapshot = attrs.evolve(snapshot, aim=aim)
         holders = self._leases.holders()
@@ -1314,7 +926,7 @@ class Engine:
         if guards.blocked(snapshot):
             names = ", ".join(self._leases.names(snapshot.models_to_move))
             return f"{mode.name} has to wait for leases: {names}."
-        free = self._seen.vram.free_mib
+        free = self._observer.seen.vram.free_mib
         return (
             f"{mode.name} is available: it needs {snapshot.acquire_mib:.0f} MiB more, "
             f"{'an unknown amount is' if free is None else f'{free:.0f} MiB are'} free and "

@@ -43,7 +43,7 @@ class GPUFSMError(Exception):
         return _rebuild, (type(self), attrs.asdict(self, recurse=False))
 
 
-# --- what the caller did ---------------------------------------------------------------------------------------------
+# --- what the caller did ---
 
 
 @define(kw_only=True, eq=False, slots=False)
@@ -94,7 +94,7 @@ class ManagerClosed(GPUFSMError, RuntimeError):
     code: ClassVar[str] = "manager_closed"
 
 
-# --- refusals: the machine works, the answer is no ---------------------------------------------------------------------
+# --- refusals: the machine works, the answer is no ---
 
 
 @define(kw_only=True, eq=False, slots=False)
@@ -193,7 +193,7 @@ class OperationTimeout(GPUFSMError, TimeoutError):
     timeout_s: float = 0.0
 
 
-# --- failures: something outside broke ----------------------------------------------------------------------------------
+# --- failures: something outside broke ---
 
 
 @define(kw_only=True, eq=False, slots=False)
@@ -205,7 +205,7 @@ class InternalError(GPUFSMError):
 
 @define(kw_only=True, eq=False, slots=False)
 class OllamaError(GPUFSMError):
-    """Root of all that can go wrong with Ollama.  `url` never holds credentials; `text` is the server's own, cut to 200."""
+    """Root of all that can go wrong with Ollama.  `url` holds no credentials; `text` is the server's, cut to 200."""
 
     code: ClassVar[str] = "ollama_error"
     bucket: ClassVar[Bucket] = "retry"

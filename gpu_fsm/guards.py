@@ -117,7 +117,7 @@ class Snapshot:
     cause_stands: bool = False
     leftovers: bool = False
 
-    # --- figures derived from the fields, for guards and for messages -------------------------------------------------
+    # --- figures derived from the fields, for guards and for messages ---
 
     @property
     def resident(self) -> bool:
@@ -187,7 +187,7 @@ def _lacks_clip(s: Snapshot) -> bool:
     return s.aim.plan.clip == "gpu" and s.seen.clip != "gpu"
 
 
-# --- the predicates -----------------------------------------------------------------------------------------------------
+# --- the predicates ---
 
 
 def known(s: Snapshot) -> bool:
@@ -418,7 +418,7 @@ PREDICATES: dict[str, Predicate] = {
 """Every guard that a row of the table may name."""
 
 
-# --- the targets and the words ------------------------------------------------------------------------------------------
+# --- the targets and the words ---
 
 
 def target(mode: ExecutionMode, hold: Hold | None, s: Snapshot) -> Plan:

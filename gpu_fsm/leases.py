@@ -74,7 +74,7 @@ class LeaseBook:
         self.version = 0
         """Counts the leases that have ended; the driver compares it to know that waiting may be over."""
 
-    # --- taking and giving back, from any thread -------------------------------------------------------------------------
+    # --- taking and giving back, from any thread ---
 
     def try_vlm(self, holder: str) -> int | None:
         """The fast path: a VLM that is resident and was verified lately needs no ticket."""
@@ -119,7 +119,7 @@ class LeaseBook:
         info = self._leases.get(lease)
         return info is None or info.lost
 
-    # --- the driver's side -------------------------------------------------------------------------------------------------
+    # --- the driver's side ---
 
     def drain(self, models: Iterable[str]) -> Holders:
         """Close the gate of `models` to newcomers and count, in one step."""
@@ -186,7 +186,7 @@ class LeaseBook:
         wanted = frozenset(models)
         return tuple(f"{info.model} lease {info.id} ({info.holder})" for info in self.snapshot if info.model in wanted)
 
-    # --- under the lock ------------------------------------------------------------------------------------------------------
+    # --- under the lock ---
 
     def _open(self, model: Model, held: frozenset[int]) -> bool:
         if model in self._moving:

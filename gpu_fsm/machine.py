@@ -83,7 +83,7 @@ class ModeMachine:
         """Put the machine into a state it was torn out of (an interrupted drive); publishes nothing."""
         self._model.state = state
 
-    # --- callbacks of transitions ----------------------------------------------------------------------------------------
+    # --- callbacks of transitions ---
 
     def _definition(self, row: Row) -> dict[str, Any]:
         return {

@@ -74,7 +74,7 @@ class GPUResourceManager:
         self._aio: AsyncVerbs | None = None
         _open.add(self)
 
-    # --- modes -----------------------------------------------------------------------------------------------------------
+    # --- modes ---
 
     def set_execution_mode(
         self, mode: ExecutionMode | str, *, preempt: bool = False, timeout_s: float | None = None
@@ -114,7 +114,7 @@ class GPUResourceManager:
         """Move CLIP down, in IDLE; elsewhere `ModeConflict` unless it is there."""
         self._migrate("cpu", timeout_s)
 
-    # --- using the models ------------------------------------------------------------------------------------------------
+    # --- using the models ---
 
     @contextlib.contextmanager
     def vlm(self, *, holder: str = "", timeout_s: float | None = None) -> Iterator[VLM]:
@@ -148,7 +148,7 @@ class GPUResourceManager:
             forget(lease)
             driver.leases.release(lease)
 
-    # --- looking ---------------------------------------------------------------------------------------------------------
+    # --- looking ---
 
     def get_status(self) -> GPUResourceStatus:
         """Everything at this moment, complete also in the middle of a step.  Takes no lock and does no I/O."""
@@ -188,7 +188,7 @@ class GPUResourceManager:
             self._aio = AsyncVerbs(self._driver, self.close)
         return self._aio
 
-    # --- the end ---------------------------------------------------------------------------------------------------------
+    # --- the end ---
 
     def close(self, *, timeout_s: float | None = None) -> tuple[str, ...]:
         """Give back what is ours (our VLM out, CLIP on the CPU) and stop; idempotent.
@@ -230,7 +230,7 @@ class GPUResourceManager:
     ) -> None:
         await self.aio.close()
 
-    # --- one for the process -----------------------------------------------------------------------------------------------
+    # --- one for the process ---
 
     @classmethod
     def shared(cls, config: GPUResourceConfig | None = None, **ports: Any) -> GPUResourceManager:
@@ -245,7 +245,7 @@ class GPUResourceManager:
                 cls._shared = cls(config, **ports)
             return cls._shared
 
-    # --- for simulations -----------------------------------------------------------------------------------------------------
+    # --- for simulations ---
 
     def drive_for(self, seconds: float) -> None:
         """With `threaded=False`: let `seconds` of the manager's clock pass and serve what falls due."""
@@ -253,7 +253,7 @@ class GPUResourceManager:
             raise errors.BadArgument(detail="a threaded manager drives itself")
         self._driver.drive_for(seconds)
 
-    # --- helpers ---------------------------------------------------------------------------------------------------------------
+    # --- helpers ---
 
     def _ask(self, kind: Any, timeout_s: float | None) -> None:
         timeout_s = as_timeout(timeout_s)

@@ -503,7 +503,7 @@ class GPUResourceConfig:
     vlm_load_deadline_s: float = _seconds(
         360.0, "for a load with its retries; longer than Ollama's own stall limit of 300 s, which it must not cut off"
     )
-    inference_timeout_s: float = _seconds(300.0, "a VLM request that takes longer hangs; a lease may ask for less or more")
+    inference_timeout_s: float = _seconds(300.0, "for one VLM request; a lease may ask for less or more")
     vlm_load_retries: int = _count(3, 0, 3, "tries after the first, for failures that another try may mend")
     retry_base_s: float = _seconds(1.0, "first pause between tries; each doubles it", zero=True)
     retry_cap_s: float = _seconds(8.0, "longest pause between tries", zero=True)

@@ -106,14 +106,14 @@ def _landing(mode: State, guard: str) -> Row:
 
 # fmt: off
 TABLE: tuple[Row, ...] = (
-    # --- a mode is asked for ---------------------------------------------------------------------------------------------
-    _row("request-already", "request", STANDING, None, "asks_current no_hold placed", "acknowledge", "it stands already"),
+    # --- a mode is asked for ---
+    _row("request-already", "request", STANDING, None, "asks_current no_hold placed", "acknowledge", "it stands"),
     *_waiting("request", STABLE),
     _row("request-idle", "request", STABLE, RELEASING, "asks_idle", "begin", "IDLE needs nothing and moves nothing"),
     _row("request", "request", STABLE, RELEASING, "known admissible", "begin", "room, or room after giving up"),
     _row("request-refused", "request", STABLE, None, "refuses_shortage", "refuse", "as on_shortage says"),
     _row("request-degrades", "request", STABLE, SHEDDING, "", "begin_refused", "the agent has moved on; be safe"),
-    # --- the VLM is wanted, or not wanted, without a change of mode ------------------------------------------------------
+    # --- the VLM is wanted, or not wanted, without a change of mode ---
     _row("wanted-already", "vlm_wanted", STANDING, None, "placed", "acknowledge", "it is in"),
     *_waiting("vlm_wanted", STABLE),
     _row("wanted-recovers", "vlm_wanted", (DEGRADED,), RELEASING, "recoverable", "begin", "worth a try"),
@@ -129,7 +129,7 @@ TABLE: tuple[Row, ...] = (
     _row("idle-waits", "idle_timeout", STANDING, None, "idle_must_wait", "rearm_idle", "used, leased, or not ours"),
     _row("idle", "idle_timeout", STANDING, RELEASING, "", "begin", "unload for want of use"),
     _row("idle-degraded", "idle_timeout", (DEGRADED,), None, "", "note", "nothing is promised here"),
-    # --- is the promise still kept? --------------------------------------------------------------------------------------
+    # --- is the promise still kept? ----------------------------------------------------
     _row("check-degraded", "check", (DEGRADED,), None, "", "look_for_recovery", "a cause that has gone ends the wait"),
     _row("check-idle", "check", (IDLE,), None, "no_hold", "note", "nothing is promised"),
     _row("check-lost-sight", "check", STANDING, SHEDDING, "undecided unknown_too_long", "degrade_unreachable",
@@ -145,18 +145,18 @@ TABLE: tuple[Row, ...] = (
     _row("check-lost", "check", STANDING, SHEDDING, "", "degrade_lost", "it cannot be put right, or not again"),
     _row("renew", "renew", STANDING, None, "placed", "renew_keep_alive", "the lease on Ollama outlives our own timer"),
     _row("renew-dropped", "renew", STABLE, None, "", "note", "a renewal of what is gone would be a load"),
-    # --- CLIP by hand ----------------------------------------------------------------------------------------------------
+    # --- CLIP by hand ---
     _row("clip-already", "migrate_clip", STABLE, None, "clip_there", "acknowledge_in_place", "it is there"),
     _row("clip-conflict", "migrate_clip", (RECORDING, AUTOPILOT, DEGRADED), None, "", "refuse_conflict",
          "the mode promises the opposite"),
     *_waiting("migrate_clip", (IDLE,)),
     _row("clip", "migrate_clip", (IDLE,), RELEASING, "clip_may_move", "begin", "IDLE promises nothing, so it may"),
     _row("clip-refused", "migrate_clip", (IDLE,), None, "", "refuse", "no room"),
-    # --- the end ---------------------------------------------------------------------------------------------------------
+    # --- the end ---
     _row("close-wait", "close", STABLE, None, "blocked !drain_over", "wait", "leases drain first"),
     _row("close", "close", STABLE, RELEASING, "known", "begin", "give back what is ours"),
     _row("close-blind", "close", STABLE, SHEDDING, "", "begin_refused", "give back what can be reached"),
-    # --- how a step ends -------------------------------------------------------------------------------------------------
+    # --- how a step ends ---
     _row("superseded", "step_done", MOVING, RELEASING, "superseded", "adopt", "the newer request takes over"),
     _row("undecided-falls-back", "step_done", MOVING, RELEASING, "undecided has_fallback", "fall_back",
          "an error for the caller, the mode for the agent"),
@@ -180,7 +180,7 @@ TABLE: tuple[Row, ...] = (
     _row("fault-idle", "fault", (IDLE,), None, "no_hold", "note", "nothing is promised"),
     _row("fault-standing", "fault", STANDING, SHEDDING, "", "degrade_fault", "something broke"),
     _row("fault-degraded", "fault", (DEGRADED,), None, "", "note", "already safe"),
-    # --- down, and up again ----------------------------------------------------------------------------------------------
+    # --- down, and up again ---
     _row("shed", "shed", (SHEDDING,), DEGRADED, "", "settle_degraded", "as safe as it gets"),
     _row("recover", "recover", (DEGRADED,), RELEASING, "recoverable !blocked", "begin_recovery", "try the asked mode"),
     _row("recover-shed", "recover", (DEGRADED,), SHEDDING, "leftovers !leased", "shed_again", "tidy up first"),

@@ -16,13 +16,6 @@ from gpu_fsm.settings import settings_table
 SECRET = "s3cret-canary"
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith("GPU_FSM_") or name == "OLLAMA_HOST":
-            monkeypatch.delenv(name)
-
-
 def complaint(capsys: pytest.CaptureFixture[str], *argv: str, code: ExitCode = ExitCode.USAGE) -> str:
     """Run a command that must be refused and return its one line."""
     assert main(argv) == code

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import configparser
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import gpu_fsm
 from gpu_fsm import diagrams
+from gpu_fsm.ollama import OllamaManager
+from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.states import TABLE
 from tests.tools import generate
 
@@ -115,3 +120,62 @@ def test_the_readme_names_only_files_and_options_that_exist() -> None:
     table = README.split("## Where do I change")[1].split("\n## ")[0]
     for name in re.findall(r"`(\w+\.py)`", table):
         assert (ROOT / "gpu_fsm" / name).is_file(), name
+
+
+def test_the_embedding_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a simulated world: the VLM labels a screen, then CLIP embeds two texts, and all is given back."""
+    image = pytest.importorskip("PIL.Image", reason="pillow not installed")
+    world = SimulatedWorld()
+
+    def manager(config: gpu_fsm.GPUResourceConfig) -> gpu_fsm.GPUResourceManager:
+        assert config == gpu_fsm.GPUResourceConfig()
+        settings = world.config()
+        server = OllamaManager(settings, clock=world.clock, transport=world.transport)
+        return gpu_fsm.GPUResourceManager(settings, threaded=False, **world.ports(server))
+
+    source = fence("tested: embedding")
+    assert len(source.splitlines()) <= 10 + 1
+    image.new("RGB", (32, 32)).save(tmp_path / "shot.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"in_the_simulation": manager}
+    exec(source.replace("with GPUResourceManager(", "with in_the_simulation("), names)
+    assert names["label"]
+    assert names["vectors"].shape[0] == 2
+    assert names["vectors"].dtype == "float32"
+    assert [entry.path for entry in world.ollama.log if entry.path == "/api/generate"]
+    assert not world.vlm_resident()
+    assert world.clip.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("def test_property_01_x(): pytest.skip('no time')", 1, "SKIP IS A FAILURE"),
+        ("@pytest.mark.must_run\ndef test_x(): pytest.skip('no time')", 1, "SKIP IS A FAILURE"),
+        (
+            "@pytest.mark.needs_torch\ndef test_property_13_x(): pass",
+            1,
+            "torch and sentence_transformers not installed",
+        ),
+        ("@pytest.mark.needs_torch\ndef test_x(): pass", 0, "torch and sentence_transformers not installed"),
+        ("def test_x(): pytest.skip('no time')", 0, "tests: 1 passed, 0 failed, 1 skipped"),
+        ("def test_property_01_x(): pass", 0, "tests: 2 passed, 0 failed, 0 skipped"),
+    ],
+)
+def test_a_skip_of_what_must_run_fails_the_run(tmp_path: Path, body: str, code: int, said: str) -> None:
+    """The thirteen properties and the invariants are the point of the suite; other skips name their reason."""
+    pretend = "import importlib.util\nimportlib.util.find_spec = lambda name: None\n"
+    conftest = pretend + (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8").replace(
+        "from __future__ import annotations\n", ""
+    )
+    (tmp_path / "conftest.py").write_text(conftest, encoding="utf-8")
+    (tmp_path / "test_it.py").write_text(f"import pytest\n{body}\ndef test_ok(): pass\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert said in done.stdout

@@ -89,7 +89,7 @@ print(json.dumps(dict(present=info.present, lost=info.lost, free=info.free_mib, 
 """
 
 
-# --- without a driver --------------------------------------------------------------------------------------------------
+# --- without a driver ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has an NVIDIA driver")
@@ -115,7 +115,7 @@ def test_the_constructor_touches_no_driver(clock: HandClock) -> None:
     assert threading.active_count() == before
 
 
-# --- the unmodified binding finds the fake by itself -------------------------------------------------------------------
+# --- the unmodified binding finds the fake by itself -----------------------------------------------------------------
 
 
 @needs_gcc
@@ -130,7 +130,7 @@ def test_pynvml_loads_the_fake_driver_as_its_own(tmp_path: Path) -> None:
     assert fake.references == 0
 
 
-# --- the table of faults -----------------------------------------------------------------------------------------------
+# --- the table of faults ---------------------------------------------------------------------------------------------
 
 ABSENT, LOST, SILENT = (False, False), (False, True), (True, False)
 
@@ -316,7 +316,7 @@ def test_memory_that_the_driver_reserves_is_not_free(driver: FakeNVML, clock: Ha
     monitor.close()
 
 
-# --- holders -----------------------------------------------------------------------------------------------------------
+# --- holders ---------------------------------------------------------------------------------------------------------
 
 
 @needs_gcc
@@ -349,7 +349,7 @@ def test_a_process_name_cannot_break_a_log_line(driver: FakeNVML, clock: HandClo
     monitor.close()
 
 
-# --- which card --------------------------------------------------------------------------------------------------------
+# --- which card ------------------------------------------------------------------------------------------------------
 
 A, B = "GPU-aaaa0000-0000-0000-0000-000000000000", "GPU-bbbb0000-0000-0000-0000-000000000000"
 
@@ -447,7 +447,7 @@ def test_several_slices_are_an_ambiguity(driver: FakeNVML, clock: HandClock) -> 
     chosen.close()
 
 
-# --- time and life -----------------------------------------------------------------------------------------------------
+# --- time and life ---------------------------------------------------------------------------------------------------
 
 
 @needs_gcc

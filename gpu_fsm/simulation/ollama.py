@@ -567,16 +567,20 @@ class SimulatedOllama(Scheduler):
                 work.next.cancel()
             over()
 
-        def refuse(status: int, text: str) -> None:
-            exchange.json(status, {"error": text}, content_type=_JSON_STREAM if stream else _JSON)
-            over()
-
-        def fail() -> None:
-            if exchange.status is None:
-                exchange.json(500, {"error": self._texts.eof}, content_type=_JSON_STREAM if stream else _JSON)
+        def error(status: int, text: str) -> None:
+            if exchange.status is not None:
+                exchange.push(dumps({"error": text}) + b"\n")
+                exchange.finish(text)
+            elif stream:
+                exchange.begin(status, _JSON_STREAM)
+                exchange.push(dumps({"error": text}))
+                exchange.finish(f"HTTP {status}")
             else:
-                exchange.push(dumps({"error": self._texts.eof}) + b"\n")
-                exchange.finish("runner died")
+                exchange.json(status, {"error": text})
+
+        def refuse(status: int, text: str) -> None:
+            error(status, text)
+            over()
 
         def start() -> None:
             wanted_format = body.get("format")
@@ -636,7 +640,7 @@ class SimulatedOllama(Scheduler):
 
             say(0)
 
-        work = Work(exchange, runner, start, fail)
+        work = Work(exchange, runner, start, lambda: error(500, self._texts.eof))
         exchange.on_leave = left
         if len(runner.running) < self.num_parallel:
             runner.running.append(work)

@@ -1,8 +1,8 @@
 """A second torch device without a GPU: `native/fakegpu.cpp`, compiled here and kept between runs.
 
-    gpu = fakegpu.load()                     # once per process; `torch.device("fakegpu:0")` exists from then on
-    gpu.reset(total_mib=64, context_mib=8)
-    gpu.fail_allocation(3); gpu.break_down(); gpu.figures().used
+gpu = fakegpu.load()                     # once per process; `torch.device("fakegpu:0")` exists from then on
+gpu.reset(total_mib=64, context_mib=8)
+gpu.fail_allocation(3); gpu.break_down(); gpu.figures().used
 """
 
 from __future__ import annotations

@@ -1,0 +1,182 @@
+"""Looking: what the ports answer becomes one `Observation`, and what must be remembered between looks.
+
+Never raises and decides nothing; a question that was not answered stays unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+
+from gpu_fsm.events import Event, ResourceChanged
+from gpu_fsm.guards import PROOF, Observation
+from gpu_fsm.ports import CLIPHost, Clock, VLMServer, VRAMProbe
+from gpu_fsm.settings import GPUResourceConfig
+from gpu_fsm.status import Answer, Catalog, Evidence, Holder, LoadedModel, Residency, VRAMInfo
+
+OLLAMA_PROCESSES = ("ollama", "llama")
+"""In the names of Ollama's server and runners: `ollama`, `llama-server`, `ollama_llama_server`."""
+
+DISK_TO_VRAM = 1.2
+"""A model needs more on the card than on disk: context and projector."""
+
+
+class Observer:
+    """The engine's eyes and their memory."""
+
+    def __init__(
+        self,
+        config: GPUResourceConfig,
+        *,
+        server: VLMServer,
+        clip: CLIPHost,
+        probe: VRAMProbe,
+        clock: Clock,
+        tell: Callable[[Event], None],
+    ) -> None:
+        self._config, self._server, self._clip, self._probe, self._clock = config, server, clip, probe, clock
+        self._tell = tell
+        self.seen = Observation()
+        """The last look."""
+        self.vlm_ours = False
+        """This manager loaded the VLM or used it."""
+        self.evidence: Evidence = "none"
+        self._catalog = Catalog()
+        self._measured_mib: float | None = None
+        self._raised: tuple[float, float] | None = None  # (needed MiB, until)
+        self._told_free_mib: float | None = None
+        self._gpu_expected = False
+        self._unknown_since: float | None = None
+        self._below_since: float | None = None
+
+    def look(self, *, catalog: bool = False) -> Observation:
+        """Ask all three ports; with `catalog` also whether the server has an absent model on disk."""
+        timeout_s = self._config.observe_timeout_s
+        vram = self._probe.read(timeout_s)
+        residency = self._server.residency(timeout_s)
+        clip_needed = self._clip.needed_mib
+        if residency.refused and self._server.on_our_card:
+            residency = self._silence(residency, vram, clip_needed)
+        if catalog and residency.answer is Answer.NO and not residency.refused:
+            self._catalog = self._server.catalog(timeout_s)
+        usable = self._clip.gpu_usable and not vram.lost
+        self._gpu_expected = self._gpu_expected or usable
+        self.seen = Observation(
+            residency=residency,
+            catalog=self._catalog,
+            vram=vram,
+            clip=self._clip.place,
+            clip_device=self._clip.device,
+            clip_needed_mib=clip_needed if vram.present else 0.0,
+            clip_held_mib=self._clip.held_mib if vram.present else 0.0,
+            gpu_usable=usable,
+            gpu_expected=self._gpu_expected,
+            gpu_unusable_reason=self._clip.gpu_unusable_reason,
+            at=self._clock.monotonic(),
+        )
+        self._remember(self.seen)
+        return self.seen
+
+    def look_at_holders(self) -> Observation:
+        """Add who holds memory to the last look: only for a refusal, since the driver needs milliseconds for it."""
+        holders = self._probe.holders()
+        self.seen = attrs.evolve(self.seen, foreign_holders=tuple(str(holder) for holder in holders or ()))
+        return self.seen
+
+    def _silence(self, residency: Residency, vram: VRAMInfo, clip_needed: float) -> Residency:
+        """What a refused connection on this machine proves.
+
+        Nobody listens, but a runner orphaned by a killed server may hold memory.  So "not resident" needs a driver that
+        shows no such process and room; without any card there is nothing that could be held.
+        """
+        if not vram.present and not vram.lost:
+            return attrs.evolve(residency, answer=Answer.NO)
+        holders = self._probe.holders()
+        if holders is None or vram.free_mib is None:
+            return residency
+        room = vram.free_mib >= clip_needed + self._config.reserve_mib or self._clip.place == "gpu"
+        return attrs.evolve(residency, answer=Answer.NO) if room and not ollama_pids(holders) else residency
+
+    def _remember(self, seen: Observation) -> None:
+        """Keep what spans looks: how long unknown, how long short, what was told."""
+        now, free = seen.at, seen.vram.free_mib
+        if seen.residency.answer is Answer.UNKNOWN:
+            self._unknown_since = now if self._unknown_since is None else self._unknown_since
+        else:
+            self._unknown_since = None
+        if free is not None and self._server.on_our_card and free < self._config.floor_mib:
+            self._below_since = now if self._below_since is None else self._below_since
+        else:
+            self._below_since = None
+        if seen.residency.answer is Answer.NO:
+            self.vlm_ours, self.evidence = False, "none"
+        elif seen.residency.answer is Answer.YES and self.evidence == "none":
+            self.evidence = "reported"
+        if free is not None:
+            told = self._told_free_mib
+            if told is None:
+                self._told_free_mib = free
+            elif abs(free - told) >= self._config.resource_event_mib:
+                self._told_free_mib = free
+                self._tell(ResourceChanged(at=now, free_mib=free, told_mib=told, total_mib=seen.vram.total_mib))
+
+    # --- how long ---
+
+    def unknown_for(self, now: float) -> float:
+        """Seconds since Ollama's last definite answer; 0 while it answers."""
+        return 0.0 if self._unknown_since is None else now - self._unknown_since
+
+    def pressed_for(self, now: float) -> float:
+        """Seconds for which free memory has been under the floor."""
+        return -1.0 if self._below_since is None else now - self._below_since
+
+    # --- how much ---
+
+    def vlm_size(self) -> tuple[float, str]:
+        """The VLM's size for the next load in MiB, and where it comes from."""
+        if self._measured_mib is not None:
+            return self._measured_mib, "measured"
+        if self._catalog.size_mib is not None:
+            return self._catalog.size_mib * DISK_TO_VRAM, "tags"
+        return self._config.vlm_size_mib, "setting"
+
+    def vlm_needed_mib(self) -> float:
+        """What a load takes from our card."""
+        if not self._server.on_our_card or not self.seen.vram.present:
+            return 0.0
+        needed = self.vlm_size()[0]
+        if self._raised is not None and self._clock.monotonic() < self._raised[1]:
+            return max(needed, self._raised[0])
+        return needed
+
+    def raise_need(self, before: VRAMInfo) -> None:
+        """What was free was not enough, so ask for more; for one back-off cap, since it may have been a fluke."""
+        if before.free_mib is not None:
+            until = self._clock.monotonic() + self._config.recover_cap_s
+            self._raised = (before.free_mib - self._config.reserve_mib + 1.0, until)
+
+    def loaded(self, before: VRAMInfo, model: LoadedModel | None) -> None:
+        """A load of ours ended well: keep what it took, where the driver's bytes and Ollama's word are of one mind."""
+        self.vlm_ours = True
+        self._raised = None
+        if model is None:
+            return
+        self.evidence = "reported"
+        after = self._probe.read(self._config.observe_timeout_s)
+        if not self._server.on_our_card or before.free_mib is None or after.free_mib is None:
+            return
+        took = before.free_mib - after.free_mib
+        if model.size_vram_mib > 0 and PROOF * model.size_vram_mib <= took <= 1.5 * model.size_vram_mib:
+            self.evidence = "measured"
+            self._measured_mib = took
+
+    def cause(self) -> tuple[object, ...]:
+        """What would have to change for a permanent cause to be gone."""
+        seen = self.seen
+        return (seen.catalog.present, seen.catalog.digest, seen.gpu_usable, seen.clip)
+
+
+def ollama_pids(holders: tuple[Holder, ...]) -> frozenset[int]:
+    """Ollama's own processes among those that hold memory."""
+    return frozenset(h.pid for h in holders if any(word in h.name.lower() for word in OLLAMA_PROCESSES))

@@ -1,0 +1,326 @@
+"""Acting: what the four steps do to the world, through the ports, and how each proves what it did.
+
+Every method either does its whole part, or says `aborted` because something newer or a lease won, or raises an error of
+`gpu_fsm.errors`.  Nothing is acquired once a newer request waits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import attrs
+
+from gpu_fsm import errors
+from gpu_fsm.errors import GPUFSMError
+from gpu_fsm.events import Event, ForeignEvicted
+from gpu_fsm.guards import PROOF, Snapshot
+from gpu_fsm.leases import LeaseBook
+from gpu_fsm.observer import Observer, ollama_pids
+from gpu_fsm.ports import CLIPHost, Clock, Interrupt, VLMServer, VRAMProbe
+from gpu_fsm.settings import GPUResourceConfig
+from gpu_fsm.status import Answer, LoadedModel, Residency, VRAMInfo
+
+log = logging.getLogger("gpu_fsm")
+
+ABSENCE_S = 0.5
+"""An aborted load is gone when Ollama denied it for this long: it polls its runner every 0.25 s."""
+
+End = Literal["step_done", "aborted"]
+
+
+class Steps:
+    """The engine's hands."""
+
+    def __init__(
+        self,
+        config: GPUResourceConfig,
+        *,
+        server: VLMServer,
+        clip: CLIPHost,
+        probe: VRAMProbe,
+        clock: Clock,
+        leases: LeaseBook,
+        observer: Observer,
+        superseded: Callable[[], bool],
+        tell: Callable[[Event], None],
+    ) -> None:
+        self._config, self._server, self._clip, self._probe, self._clock = config, server, clip, probe, clock
+        self._leases, self._observer, self._superseded, self._tell = leases, observer, superseded, tell
+        self.released = False
+        """Something has been given back since the aim was taken up."""
+        self.unproven: GPUFSMError | None = None
+        """The last release's proof failed, with the figures; for those who asked for proof."""
+        self.server_until = float("-inf")
+        """Ollama's own timer for the VLM, as far as our requests set it."""
+        self._interrupt: Interrupt | None = None
+        self._cut_off_at: VRAMInfo | None = None
+
+    @property
+    def keep_alive_s(self) -> float:
+        """What every request of ours tells Ollama: our own patience and a margin, never for ever."""
+        return self._config.idle_timeout_s + self._config.keep_alive_margin_s
+
+    def used_server(self) -> None:
+        """A request with our keep_alive has just been answered."""
+        self.server_until = self._clock.monotonic() + self.keep_alive_s
+
+    def interrupt_load(self) -> None:
+        """From another thread: cut off the load that is running, if one is."""
+        running = self._interrupt
+        if running is not None:
+            running.set()
+
+    # --- RELEASING ---------------------------------------------------------------------
+
+    def prove_cut_off(self) -> bool:
+        """After a load that we cut off: nothing for `ABSENCE_S`, and the memory back.  True if there was one."""
+        before, self._cut_off_at = self._cut_off_at, None
+        if before is None:
+            return False
+        deadline = self._clock.monotonic() + self._config.settle_timeout_s
+        absent_since: float | None = None
+        while True:
+            residency = self._server.residency(self._config.observe_timeout_s)
+            now = self._clock.monotonic()
+            if residency.answer is Answer.YES or now >= deadline:
+                return True  # it came in after all, or nobody can tell: the next look and the plan decide
+            if residency.answer is not Answer.NO:
+                absent_since = None
+            elif absent_since is None:
+                absent_since = now
+            free = self._probe.read(self._config.observe_timeout_s).free_mib
+            slack = (1 - PROOF) * self._observer.vlm_needed_mib()
+            back = free is None or before.free_mib is None or free >= before.free_mib - slack
+            if back and absent_since is not None and now - absent_since >= ABSENCE_S:
+                return True
+            self._clock.sleep(self._config.settle_poll_s)
+
+    def release(self, s: Snapshot) -> End:
+        """Give back what the plan does not want, and wait until that is proven.  The models are claimed already."""
+        baseline, held_mib = s.seen.vram, s.reclaimable_mib
+        runners = self._runners() if s.vlm_surplus else frozenset()
+        if s.clip_surplus:
+            self.released = True
+            self._clip.to_cpu()
+        if self._superseded():
+            return "aborted"
+        if s.vlm_surplus:
+            self.released = True
+            if not self._unload(self._config.unload_deadline_s, may_stop=True):
+                return "aborted"
+        if held_mib > 0:
+            self._settle(baseline, held_mib, runners)
+        if s.aim.plan.vlm is not None:
+            self._await_answer()
+        return "step_done"
+
+    def _unload(self, deadline_s: float, *, may_stop: bool) -> bool:
+        """Ask for the unload, again and again, until `/api/ps` denies the model.  False when superseded."""
+        deadline = self._clock.monotonic() + deadline_s
+        sent_at = float("-inf")
+        refusal: GPUFSMError | None = None
+        while True:
+            if may_stop and self._superseded():
+                return False
+            now = self._clock.monotonic()
+            timeout_s = max(0.1, min(self._config.observe_timeout_s, deadline - now))
+            if now - sent_at >= self._config.unload_resend_s:
+                sent_at, refusal = now, None
+                try:
+                    self._server.unload_model(timeout_s=timeout_s)
+                except GPUFSMError as error:
+                    if not error.retryable:
+                        raise
+                    refusal = error
+            if self._server.residency(timeout_s).answer is Answer.NO:
+                return True
+            left = deadline - self._clock.monotonic()
+            if left <= 0:
+                raise refusal or self.stuck()
+            self._clock.sleep(min(self._config.settle_poll_s, left))
+
+    def stuck(self) -> errors.UnloadStuck:
+        """The error for a model that does not go."""
+        return errors.UnloadStuck(
+            detail=f"Ollama still lists {self._server.model} after {self._config.unload_deadline_s:g} s of asking",
+            remedy="A request may be running in it, or its runner hangs: see `ollama ps`, or restart Ollama.",
+            model=self._server.model,
+        )
+
+    def _settle(self, baseline: VRAMInfo, held_mib: float, runners: frozenset[int]) -> None:
+        """Wait until the driver shows the memory back, by its bytes or because Ollama's process has left its list."""
+        deadline = self._clock.monotonic() + self._config.settle_timeout_s
+        while True:
+            free = self._probe.read(self._config.observe_timeout_s).free_mib
+            if free is None or baseline.free_mib is None:
+                self._clock.sleep(self._config.blind_settle_s)
+                return
+            returned = free - baseline.free_mib
+            if returned >= PROOF * held_mib:
+                return
+            left = deadline - self._clock.monotonic()
+            if left <= 0:
+                break
+            self._clock.sleep(min(self._config.settle_poll_s, left))
+        if runners - self._runners():
+            return
+        self.unproven = errors.ReleaseUnproven(
+            detail=f"{held_mib:.0f} MiB were given back, but only {max(returned, 0.0):.0f} MiB came free within "
+            f"{self._config.settle_timeout_s:g} s",
+            remedy="Another program may have taken them, or a runner is stuck: see nvidia-smi.",
+            expected_mib=held_mib,
+            returned_mib=returned,
+        )
+
+    def _runners(self) -> frozenset[int]:
+        return ollama_pids(self._probe.holders() or ())
+
+    def _await_answer(self) -> None:
+        """A step ends on a definite answer or at its deadline; the look that follows reads it again."""
+        deadline = self._clock.monotonic() + self._config.unload_deadline_s
+        while self._server.residency(self._config.observe_timeout_s).answer is Answer.UNKNOWN:
+            if self._clock.monotonic() >= deadline or self._superseded():
+                return
+            self._clock.sleep(self._config.settle_poll_s)
+
+    # --- MIGRATING ---------------------------------------------------------------------
+
+    def migrate(self) -> End:
+        """CLIP to the GPU."""
+        if self._superseded() or not self._leases.claim({"clip"}):
+            return "aborted"
+        self._clip.to_gpu()
+        self._await_answer()
+        return "step_done"
+
+    # --- LOADING -----------------------------------------------------------------------
+
+    def load(self, s: Snapshot) -> End:
+        """The VLM in, wholly on the GPU, or as the settings say."""
+        before, others = s.seen.vram, s.seen.residency.others
+        interrupt = Interrupt()
+        self._interrupt = interrupt
+        try:
+            # After the interrupt can be found: a request posted before is seen here, one posted later sets it.
+            if self._superseded():
+                return "aborted"
+            deadline = self._clock.monotonic() + self._config.vlm_load_deadline_s
+            model = self._load_once(deadline, interrupt)
+            if not _whole(s, model):
+                model = self._reload(s, model, deadline, interrupt)
+        except errors.LoadAborted:
+            self._cut_off_at = before
+            return "aborted"
+        except errors.LoadOutOfMemory:
+            self._observer.raise_need(before)
+            raise
+        finally:
+            self._interrupt = None
+        self._observer.loaded(before, model)
+        evicted = {o.name for o in others} - {o.name for o in self._residency().others}
+        if evicted:
+            self._tell(ForeignEvicted(at=self._clock.monotonic(), models=tuple(sorted(evicted))))
+        return "step_done"
+
+    def _load_once(self, deadline: float, interrupt: Interrupt) -> LoadedModel | None:
+        report = self._server.load_model(
+            keep_alive_s=self.keep_alive_s,
+            deadline_s=max(0.1, deadline - self._clock.monotonic()),
+            interrupt=interrupt,
+            before_retry=self._settle_before_retry,
+        )
+        self.used_server()
+        if report.model is not None:
+            return report.model
+        self._await_answer()
+        return self._residency().ours
+
+    def _settle_before_retry(self) -> None:
+        """A failed load gives its memory back late, and a retry at once would land on the CPU: let it stop rising."""
+        deadline = self._clock.monotonic() + self._config.settle_timeout_s
+        last = self._probe.read(self._config.observe_timeout_s).free_mib
+        while last is not None and self._clock.monotonic() < deadline:
+            self._clock.sleep(self._config.settle_poll_s)
+            free = self._probe.read(self._config.observe_timeout_s).free_mib
+            if free is None or free <= last:
+                return
+            last = free
+
+    def _reload(
+        self, s: Snapshot, model: LoadedModel | None, deadline: float, interrupt: Interrupt
+    ) -> LoadedModel | None:
+        """Ollama put part of the model on the CPU: out with it and in again, once, if the settings say so."""
+        loaded = self._probe.read(self._config.observe_timeout_s)
+        self._take_out(loaded, model)
+        if self._config.on_partial_offload == "reload":
+            model = self._load_once(deadline, interrupt)
+            if _whole(s, model):
+                return model
+            self._take_out(self._probe.read(self._config.observe_timeout_s), model)
+        self._observer.raise_need(s.seen.vram)
+        size, vram = (model.size_mib, model.size_vram_mib) if model else (0.0, 0.0)
+        raise errors.PartialOffload(
+            detail=f"only {vram:.0f} of {size:.0f} MiB of {self._server.model} came to the GPU",
+            remedy="Free GPU memory, use a smaller model or context, or set on_partial_offload to accept.",
+            model=self._server.model,
+            size_mib=size,
+            size_vram_mib=vram,
+        )
+
+    def _take_out(self, loaded: VRAMInfo, model: LoadedModel | None) -> None:
+        runners = self._runners()
+        self._unload(self._config.unload_deadline_s, may_stop=False)
+        if model is not None and model.size_vram_mib > 0 and loaded.present:
+            self._settle(loaded, model.size_vram_mib, runners)
+
+    def _residency(self) -> Residency:
+        return self._server.residency(self._config.observe_timeout_s)
+
+    # --- SHEDDING ----------------------------------------------------------------------
+
+    def shed(self, *, hands_off_vlm: bool) -> tuple[str, ...]:
+        """To the safe placement as far as it goes: best effort, one deadline, and then look what is really left.
+
+        A leased CLIP is waited for during `shed_drain_s` and then left; a leased VLM may be unloaded, since Ollama lets
+        running requests finish, and its leases are marked lost.
+        """
+        start = self._clock.monotonic()
+        if self._clip.place == "gpu":
+            self._shed_clip(start + min(self._config.shed_drain_s, self._config.shed_deadline_s))
+        residency = self._residency()
+        if residency.answer is not Answer.NO and not residency.refused and not hands_off_vlm:
+            self._shed_vlm(residency.ours, start + self._config.shed_deadline_s)
+        seen = self._observer.look()
+        left = []
+        if seen.residency.answer is not Answer.NO:
+            left.append(f"{self._server.model}: {seen.residency.answer.value} in Ollama")
+        if seen.clip == "gpu":
+            left.append(f"CLIP on {seen.clip_device}")
+        return tuple(left)
+
+    def _shed_clip(self, deadline: float) -> None:
+        while not self._leases.claim({"clip"}):
+            left = deadline - self._clock.monotonic()
+            if left <= 0:
+                return
+            self._clock.sleep(min(self._config.settle_poll_s, left))
+        try:
+            self._clip.to_cpu()
+        except GPUFSMError as error:
+            log.warning("gpu_fsm: shedding CLIP failed: %s", error)
+
+    def _shed_vlm(self, model: LoadedModel | None, deadline: float) -> None:
+        self._leases.force({"vlm"})
+        before, runners = self._probe.read(self._config.observe_timeout_s), self._runners()
+        try:
+            self._unload(deadline - self._clock.monotonic(), may_stop=False)
+            if model is not None and model.size_vram_mib > 0 and self._server.on_our_card and before.present:
+                self._settle(before, model.size_vram_mib, runners)
+        except GPUFSMError as error:
+            log.warning("gpu_fsm: shedding the VLM failed: %s", error)
+
+
+def _whole(s: Snapshot, model: LoadedModel | None) -> bool:
+    return attrs.evolve(s, seen=attrs.evolve(s.seen, residency=Residency(answer=Answer.YES, ours=model))).whole
