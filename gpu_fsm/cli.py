@@ -7,7 +7,7 @@ bug in this package.  Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import enum
-import logging
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ import click
 from rich.console import Console
 
 from gpu_fsm import __version__
+from gpu_fsm.arguments import as_mode
 from gpu_fsm.errors import BadArgument, ClipUnavailable, ConfigError, GPUFSMError, one_line
 from gpu_fsm.settings import GPUResourceConfig, load_config, parse_setting, settings_table
 
@@ -40,6 +41,9 @@ EXIT_CODES: dict[ExitCode, str] = {
     ExitCode.INTERRUPTED: "interrupted from the keyboard; what was loaded has been given back",
 }
 
+_EXTRA = frozenset({"PIL", "numpy", "sentence_transformers", "torch", "transformers"})
+"""What comes with the extra `clip` and not with the package alone."""
+
 _EXIT_TABLE = "\b\nExit codes:\n" + "\n".join(f"  {code.value:>3}  {text}" for code, text in EXIT_CODES.items())
 
 _CONFIG = click.option(
@@ -52,7 +56,7 @@ _CONFIG = click.option(
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else on stdout.")
 
 
-def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
+def _settings_options(command: Callable[..., int]) -> Callable[..., int]:
     """Give a command an option for every setting; their text arrives under the settings' names."""
     for setting in reversed(settings_table()):
         optional_value: dict[str, Any] = (
@@ -61,18 +65,20 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
         command = click.option(
             setting.option,
             setting.name,
-            metavar="VALUE",
+            metavar="[VALUE]" if optional_value else "VALUE",
             help=f"{setting.about}  [default: {setting.default}]",
             **optional_value,
         )(command)
     return command
 
 
-def _load(config_path: Path | None, texts: dict[str, str | None]) -> GPUResourceConfig:
-    options = {setting.name: setting.option for setting in settings_table()}
-    overrides = {
-        name: parse_setting(name, text, f"option {options[name]}") for name, text in texts.items() if text is not None
-    }
+def _load(
+    config_path: Path | None, texts: dict[str, str | None], renamed: dict[str, str] | None = None
+) -> GPUResourceConfig:
+    """Make the configuration; `texts` by setting, `renamed` gives the options that are not called like theirs."""
+    options = {setting.name: setting.option for setting in settings_table()} | (renamed or {})
+    given = {name: text for name, text in texts.items() if text is not None}
+    overrides = {name: parse_setting(name, text, f"option {options[name]}") for name, text in given.items()}
     return load_config(config_path, overrides=overrides, override_source=lambda name: f"option {options[name]}")
 
 
@@ -89,7 +95,78 @@ def _cli() -> None:
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
 
 
-@_cli.command("diagram")
+@_cli.command("demo", short_help="Watch it work; needs no GPU and no Ollama.")
+@click.option("--screens", type=click.Path(path_type=Path), metavar="DIR", help="Your own screenshots (PNG, JPEG).")
+@click.option("--ollama", metavar="URL", help="Use this Ollama instead of the simulated one.")
+@click.option(
+    "--clip", metavar="NAME_OR_PATH", help="Use this CLIP instead of the tiny one that ships with the package."
+)
+@_JSON
+@click.option("--shuffle-index", is_flag=True, hidden=True, help="Spoil the screen memory: the demo must then fail.")
+@_CONFIG
+def _demo(
+    screens: Path | None,
+    ollama: str | None,
+    clip: str | None,
+    as_json: bool,
+    shuffle_index: bool,
+    config_path: Path | None,
+) -> int:
+    """Watch the agent record with the VLM and run on autopilot with CLIP; says what is simulated.
+
+    \b
+    Examples:
+      gpu-fsm demo
+      gpu-fsm demo --json > report.json
+      gpu-fsm demo --screens shots/ --ollama http://127.0.0.1:11434
+    """  # noqa: D301
+    config = _load(
+        config_path, {"ollama_url": ollama, "clip_model": clip}, {"ollama_url": "--ollama", "clip_model": "--clip"}
+    )
+    from gpu_fsm.demo import DemoOptions, run_demo
+
+    return run_demo(
+        DemoOptions(
+            config=config,
+            screens=screens,
+            real_ollama=ollama is not None,
+            real_clip=clip is not None,
+            as_json=as_json,
+            shuffle_index=shuffle_index,
+        )
+    )
+
+
+@_cli.command("run", short_help="The same agent on the real card and the real Ollama.")
+@click.option(
+    "--screens",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    required=True,
+    help="Folder with screenshots (PNG, JPEG).",
+)
+@click.option("--mode", metavar="MODE", help="Only this mode: recording or autopilot.  [default: both, in this order]")
+@_JSON
+@_CONFIG
+@_settings_options
+def _run(screens: Path, mode: str | None, as_json: bool, config_path: Path | None, **settings: str | None) -> int:
+    """Run the same agent on the real card and the real Ollama; nothing is simulated.
+
+    Without Ollama or a GPU it runs DEGRADED or on the CPU, and says so.
+
+    \b
+    Examples:
+      gpu-fsm run --screens shots/
+      gpu-fsm run --screens shots/ --mode autopilot --vlm-model llava:7b --idle-timeout-s 60
+    """  # noqa: D301
+    config = _load(config_path, settings)
+    only = None if mode is None else as_mode(mode)
+    from gpu_fsm.demo import run_agent
+
+    return run_agent(config, screens, mode=only, as_json=as_json)
+
+
+@_cli.command("diagram", short_help="Print the state machine as a Mermaid diagram.")
 @click.option("--detail", is_flag=True, help="One arrow for each row of the table, with its guards.")
 def _diagram(detail: bool) -> None:
     """Print the Mermaid diagram of the machine that runs.
@@ -106,7 +183,6 @@ def _diagram(detail: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    logging.captureWarnings(capture=True)
     try:
         result = _cli.main(args=argv, prog_name="gpu-fsm", standalone_mode=False)
         sys.stdout.flush()
@@ -123,10 +199,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), ExitCode.FAILED)
     except (KeyboardInterrupt, click.Abort):
         return _complain("interrupted", ExitCode.INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our output has gone; the interpreter must not try to flush it again on its way out.
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        return _complain(f"{error.name} is not installed. Run: pip install 'gpu-fsm[clip]'", ExitCode.MISSING)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # The interpreter must not try to flush the rest on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.FAILED
+        gone = error.errno == errno.EPIPE  # whoever read our output has seen enough
+        return ExitCode.FAILED if gone else _complain("the output cannot be written: the disk is full", ExitCode.FAILED)
     return result if isinstance(result, int) else ExitCode.FINE
 
 

@@ -558,8 +558,9 @@ class CLIPManager:
             import sentence_transformers
             import torch  # noqa: F401
         except ModuleNotFoundError as error:
-            if error.name in ("torch", "sentence_transformers", "PIL"):
-                raise self._missing(error.name) from None
+            package = (error.name or "").partition(".")[0]
+            if package in ("torch", "sentence_transformers", "PIL"):
+                raise self._missing(package) from None
             raise self._broken(error) from error
         except Exception as error:
             raise self._broken(error) from error
@@ -649,10 +650,14 @@ class CLIPManager:
                     remedy="" if moving else "Use a smaller batch_size.",
                     needed_mib=self.needed_mib if moving else 0.0,
                 )
-            if moving or not _answers(device, error):
+            # During a move every runtime error is the device's: the same work has been done on the CPU before.
+            broken = (moving and isinstance(error, RuntimeError)) or not _answers(device, error)
+            if broken:
                 self._poison(device, error)
+            if moving or broken:
                 weights.drop()
                 _empty_cache(device)
+            if broken:
                 return _poisoned(device)
         if isinstance(error, GPUFSMError):
             return error
@@ -767,8 +772,9 @@ def _empty_cache(device: torch.device) -> None:
 
 
 def _says_out_of_memory(error: Exception) -> bool:
-    # Making the context can run out too, and that arrives as a plain error of the runtime.
-    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    # Making the context or cuBLAS's workspace can run out too, and that arrives as a plain error of the runtime.
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "status_alloc_failed" in text)
 
 
 def _answers(device: torch.device, error: Exception) -> bool:
@@ -779,7 +785,7 @@ def _answers(device: torch.device, error: Exception) -> bool:
         return False
     try:
         with torch.inference_mode(False), torch.no_grad():
-            alive = torch.ones(8, device=device).cpu().sum().item() == 8.0
+            alive = bool(torch.ones(8, device=device).cpu().sum().item() == 8.0)
         torch.accelerator.synchronize(device)
     except Exception as again:
         return _says_out_of_memory(again)

@@ -260,7 +260,8 @@ class Engine:
             hold=self._standing.hold,
             aim=self._aim,
             seen=self._observer.seen,
-            vlm_needed_mib=self._observer.vlm_needed_mib(),
+            # Recovery by itself heeds the last failure; a person who asks again gets a try.
+            vlm_needed_mib=self._observer.vlm_needed_mib(after_failure=ticket is None and self.state is State.DEGRADED),
             reserve_mib=config.reserve_mib,
             floor_mib=config.floor_mib,
             accept_partial=config.on_partial_offload == "accept",
@@ -589,8 +590,13 @@ class Engine:
         self._looked_recoverable = can
 
     def act_back_off(self, s: Snapshot) -> None:
-        """Not yet: try again later, and less often."""
+        """Not yet: try again later, and less often; and say what stands in the way now, if that has changed."""
         self._looked_recoverable = guards.recoverable(s)
+        obstacle = guards.unknown(s) if not guards.known(s) else guards.why_not(s)
+        if obstacle is not None and self._reason is not None and obstacle.code != self._reason.code:
+            self._reason = Reason.of(self._named(obstacle), step=self._failed_in.value)
+            self._cause_print = self._observer.cause()
+            self._tell_degraded()
         self._recover_at = self._next_try()
 
     def act_rearm_idle(self, s: Snapshot) -> None:
@@ -654,12 +660,14 @@ class Engine:
         if mode is not before:
             self._owner.tell(ModeChanged(at=now, old=before, new=mode, reason=self._reason))
             if mode is ExecutionMode.DEGRADED:
-                assert self._reason is not None
-                self._owner.tell(
-                    Degraded(at=now, reason=self._reason, asked=self.asked_mode, leftovers=self._leftovers)
-                )
+                self._tell_degraded()
             elif before is ExecutionMode.DEGRADED:
                 self._owner.tell(Recovered(at=now, mode=mode, after_s=now - self._degraded_at))
+
+    def _tell_degraded(self) -> None:
+        reason = self._reason or Reason(code="internal_error", detail="degraded without a reason")
+        now = self._clock.monotonic()
+        self._owner.tell(Degraded(at=now, reason=reason, asked=self.asked_mode, leftovers=self._leftovers))
 
     def publish(self) -> None:
         """Replace the status by one that tells everything."""
@@ -739,9 +747,8 @@ class Engine:
         """What a close had to leave behind."""
         if ticket.kind != "close" or self._observer.seen.clip != "gpu":
             return ()
-        return (
-            f"CLIP on {self._observer.seen.clip_device}, leased by {', '.join(self._leases.names({'clip'})) or 'nobody'}",
-        )
+        holders = ", ".join(self._leases.names({"clip"})) or "nobody"
+        return (f"CLIP on {self._observer.seen.clip_device}, leased by {holders}",)
 
     def _refuse(self, error: GPUFSMError) -> None:
         for ticket in self._serving:

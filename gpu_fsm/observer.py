@@ -141,12 +141,12 @@ class Observer:
             return self._catalog.size_mib * DISK_TO_VRAM, "tags"
         return self._config.vlm_size_mib, "setting"
 
-    def vlm_needed_mib(self) -> float:
-        """What a load takes from our card."""
+    def vlm_needed_mib(self, *, after_failure: bool = False) -> float:
+        """What a load takes from our card; `after_failure` believes a load that found no room until its word expires."""
         if not self._server.on_our_card or not self.seen.vram.present:
             return 0.0
         needed = self.vlm_size()[0]
-        if self._raised is not None and self._clock.monotonic() < self._raised[1]:
+        if after_failure and self._raised is not None and self._clock.monotonic() < self._raised[1]:
             return max(needed, self._raised[0])
         return needed
 

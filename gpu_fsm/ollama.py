@@ -26,13 +26,13 @@ from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import requests
 import urllib3
 from attrs import frozen
-from requests.adapters import BaseAdapter, HTTPAdapter
+from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError, ReadTimeoutError
@@ -181,48 +181,63 @@ _AddressInfo = tuple[Any, ...]
 """As `socket.getaddrinfo` gives it: family, kind, protocol, canonical name, address."""
 
 
-class Transport(BaseAdapter):
-    """Carries one call.  `send`'s `timeout` is for the whole of it, the body included; `close` ends it.
+class Transport(Protocol):
+    """Carries one call, as a `requests` adapter does: `send` begins it, `close` ends it, and then it is used up.
 
-    A simulation subclasses this to serve the same client without sockets, in virtual time.  Refusal, silence and a
-    break are raised as `requests` does it: `ConnectionError(ConnectionRefusedError(...))`, `ReadTimeout`,
-    `ConnectionError`.
+    `timeout` is in seconds of the client's clock and for the whole call, the body included.  A simulation has its own
+    transport, without sockets and in virtual time.  What goes wrong is raised as `requests` does it:
+    `ConnectionError(ConnectionRefusedError(...))`, `ReadTimeout`, `ConnectTimeout`, `ConnectionError`.
     """
 
-    simulated: bool = False
-    expired: bool = False
+    simulated: bool
+    expired: bool
     """Whether the transport itself ended the call because its time was over."""
+
+    def send(
+        self,
+        request: requests.PreparedRequest,
+        stream: bool = True,
+        timeout: Any = None,
+        verify: Any = True,
+        cert: Any = None,
+        proxies: Any = None,
+    ) -> requests.Response:
+        """Send, and return when the head of the answer is there."""
 
     def abort(self) -> None:
         """End what is in flight, from any thread and without blocking: a blocked send or read ends at once."""
-        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the call and let go of its connection."""
 
 
-class SocketTransport(HTTPAdapter, Transport):
+class SocketTransport(HTTPAdapter):
     """Real sockets.  Their own timeouts restart with every byte, so a timer watches over the whole call."""
+
+    simulated = False
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.expired = False
         self._aborted = False
         self._handles: list[socket.socket] = []
         self._resolving: Future[list[_AddressInfo]] | None = None
         self._timer: threading.Timer | None = None
         super().__init__(max_retries=0)
 
-    def send(  # type: ignore[override]  # the bases disagree in optional details that are not used here
+    def send(
         self,
         request: requests.PreparedRequest,
         stream: bool = True,
-        timeout: float = _CONNECT_S,
-        verify: bool | str = True,
-        cert: None = None,
-        proxies: dict[str, str] | None = None,
+        timeout: Any = None,
+        verify: Any = True,
+        cert: Any = None,
+        proxies: Any = None,
     ) -> requests.Response:
         """Send; see `Transport`."""
-        timer = threading.Timer(timeout, self._expire)
-        timer.daemon = True
-        self._timer = timer
-        timer.start()
+        self._timer = threading.Timer(timeout, self._expire)
+        self._timer.daemon = True
+        self._timer.start()
         return super().send(request, stream=stream, timeout=timeout, verify=verify, cert=cert, proxies=proxies)
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
@@ -443,25 +458,10 @@ _ROWS: tuple[_Row, ...] = (
         LoadOutOfMemory,
         "Free memory on the card, or choose a smaller model or a smaller num_ctx.",
     ),
-    _Row(
-        _SERVER,
-        ("must be of type",),
-        OllamaRequestRejected,
-        "Correct vlm_options: the server wants another type for this option.",
-    ),
-    _Row(
-        _ANY,
-        ("does not support",),
-        OllamaRequestRejected,
-        "The model cannot do this; name another one.",
-    ),
+    _Row(_SERVER, ("must be of type",), OllamaRequestRejected, "Correct vlm_options: an option has the wrong type."),
+    _Row(_CLIENT, ("multimodal",), OllamaRequestRejected, "The model takes no images; name a vision model."),
+    _Row(_ANY, ("does not support",), OllamaRequestRejected, "The model cannot do this; name another one."),
     _Row(_ANY, ("invalid format",), OllamaRequestRejected, 'Give "json" or a JSON schema as the format.'),
-    _Row(
-        _CLIENT,
-        ("multimodal",),
-        OllamaRequestRejected,
-        "The model does not take images; name a vision model.",
-    ),
     _Row(_CLIENT, ("base64",), OllamaRequestRejected, "Give images as PNG or JPEG bytes, paths or PIL images."),
     _Row(_CLIENT, ("duration",), OllamaRequestRejected, "keep_alive must be a number of seconds."),
     _Row(
@@ -514,7 +514,7 @@ class OllamaManager:
     """One model on one Ollama server: load it, unload it, ask whether it is there, run it.
 
     Implements `gpu_fsm.ports.VLMServer` and is usable alone.  Every method may be called from any thread; calls do not
-    wait for each other.  `transport` makes the carrier of one call, `jitter` gives numbers in [0, 1) for back-off.
+    wait for each other.  `transport` makes the carrier of one call; `jitter` gives numbers in [0, 1) for back-off.
     """
 
     def __init__(
@@ -609,7 +609,7 @@ class OllamaManager:
         except GPUFSMError as error:
             return Catalog(detail=one_line(error.summary()))
         capabilities = found.get("capabilities")
-        vision = Answer.UNKNOWN  # servers before 0.30 do not say
+        vision = Answer.UNKNOWN  # older servers do not say
         if isinstance(capabilities, list) and capabilities:
             vision = Answer.YES if "vision" in capabilities else Answer.NO
         return Catalog(
@@ -875,8 +875,10 @@ class OllamaManager:
 
     def _completion(self, answer: Mapping[str, Any]) -> Completion:
         message = answer.get("message")
-        text = message.get("content", "") if isinstance(message, Mapping) else answer.get("response", "")
-        done, reason = answer.get("done"), answer.get("done_reason", "")
+        text = message.get("content") if isinstance(message, Mapping) else answer.get("response")
+        text = "" if text is None else text  # a part may hold only thinking or a tool call
+        done, reason = answer.get("done"), answer.get("done_reason")
+        reason = "" if reason is None else reason
         if not isinstance(text, str) or not isinstance(done, bool) or not isinstance(reason, str):
             raise self._error(OllamaProtocolError, "the answer is not a completion", status=200)
         if any("\ud800" <= c <= "\udfff" for c in text):

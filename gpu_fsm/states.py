@@ -135,7 +135,7 @@ TABLE: tuple[Row, ...] = (
     _row("check-lost-sight", "check", STANDING, SHEDDING, "undecided unknown_too_long", "degrade_unreachable",
          "nobody could tell for unknown_max_s"),
     _row("check-unknown", "check", STANDING, None, "undecided", "note", "one blocked answer is no loss"),
-    _row("check-hold-lapsed", "check", (IDLE, AUTOPILOT), RELEASING, "hold_lapsed !blocked", "begin_without_hold",
+    _row("check-hold-lapsed", "check", (IDLE, AUTOPILOT), RELEASING, "hold_lapsed !blocked", "begin",
          "the on-demand VLM has gone, or memory is short and nobody holds it"),
     _row("check-pressure", "check", (RECORDING, AUTOPILOT), SHEDDING, "pressed", "degrade_pressure",
          "the card is full for too long"),

@@ -469,6 +469,9 @@ class VRAMMonitor:
                     handle = nvml.nvmlDeviceGetHandleByIndex(index)
                 cards.append(self._card_of(handle))
             except _Fault as fault:
+                # Another container's card; CUDA does not count it either.  Any other gap would shift the integers.
+                if fault.code != NO_PERMISSION:
+                    raise
                 trouble = fault
         if not cards and trouble is not None:
             raise trouble

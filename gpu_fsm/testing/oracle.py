@@ -1,0 +1,211 @@
+"""The judge: watches a simulated world between any two I/O calls and says which promise was broken.
+
+It judges by the world (the card's ledger, the server's log, where CLIP really is) and by the journal's shape, never by
+the manager's own opinion of what is resident.  Violations are collected, since an exception inside a port call would be
+taken for a broken port, and raised by `check`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Any
+
+from gpu_fsm.events import Event, StateChanged
+from gpu_fsm.manager import GPUResourceManager
+from gpu_fsm.simulation import SimulatedWorld
+from gpu_fsm.states import STABLE, STANDING, STEPS, TABLE
+from gpu_fsm.status import ExecutionMode, State
+
+EFFECTS = frozenset({"ollama.load", "ollama.unload", "clip.to_gpu", "clip.to_cpu"})
+"""The calls that change what is on the card."""
+ACQUIRING = frozenset({"ollama.load", "clip.to_gpu"})
+
+_ROWS = {row.name: row for row in TABLE}
+
+MOST_TRANSITIONS = 7
+"""Between two inputs from outside; the longest story is a request that fails in its last step and is shed."""
+
+
+class Oracle:
+    """Attach one to a manager with an inline driver and its world, before the first request."""
+
+    def __init__(self, manager: GPUResourceManager, world: SimulatedWorld) -> None:
+        self.manager, self.world = manager, world
+        self.violations: list[str] = []
+        self.calls: Counter[str] = Counter()
+        self.rows_taken: Counter[str] = Counter()
+        self.verdicts_seen: set[tuple[str, bool]] = set()
+        self.futures: list[Future[Any]] = []
+        self.inputs = 0
+        """Requests and wishes for the VLM that were posted: what loads are counted against."""
+        self.nothing_to_acquire_for = False
+        """A preempting request for IDLE was the last word: nothing may be acquired any more."""
+        self._running: list[str] = []
+        self._records = 0
+        self._moved = 0
+        world.on_io.append(self._io)
+        manager.subscribe(self._entered, StateChanged)
+
+    # --- what the tests tell it ---
+
+    def expect(self, future: Future[Any], *, wants_vlm: bool = False) -> None:
+        """A ticket that must be answered, once."""
+        self.futures.append(future)
+        self.inputs += wants_vlm
+
+    @property
+    def engine(self) -> Any:
+        """The engine under test; the oracle reads its timers and plan, and believes neither."""
+        return self.manager._driver.engine
+
+    # --- between any two I/O calls ---
+
+    def _io(self, op: str, phase: str) -> None:
+        self.calls[op] += phase == "before"
+        status = self.manager.get_status()
+        if status.state is not self.engine.state:
+            self._broken("S11", f"{op}: the status says {status.state.name}, the machine is in {self.engine.state.name}")
+        if op in EFFECTS:
+            if phase == "before":
+                self._begin(op, status.leases)
+            elif phase == "after" and op in self._running:
+                self._running.remove(op)
+        if self.world.card.used_mib > self.world.card.total_mib:
+            self._broken("ledger", f"{self.world.card!r} is over-full")
+
+    def _begin(self, op: str, leases: Iterable[Any]) -> None:
+        if self._running:
+            self._broken("S1", f"{op} began while {self._running} was running")
+        self._running.append(op)
+        if self.engine.state not in STEPS:
+            self._broken("S11", f"{op} in the stable state {self.engine.state.name}")
+        held = {lease.model for lease in leases if not lease.lost}
+        if op == "ollama.unload" and "vlm" in held and not self._closing:
+            self._broken("S10", "an unload under a VLM lease")
+        if op.startswith("clip.to") and "clip" in held:
+            self._broken("S10", f"{op} under a CLIP lease")
+        if op in ACQUIRING:
+            if self.nothing_to_acquire_for:
+                self._broken("S6", f"{op} after a preempting request for IDLE")
+            self._room(op)
+
+    @property
+    def _closing(self) -> bool:
+        return self.manager._driver._closing is not None
+
+    def _room(self, op: str) -> None:
+        """S5: the snapshot had room; here the world's own figures say whether that can have been true."""
+        card, world = self.world.card, self.world
+        if not world.gpu or any(op.startswith("probe") for op, _ in world.faults.fired) or card.lost:
+            return
+        need = world.vlm.size_mib if op == "ollama.load" else world.clip.needed_mib
+        if op == "ollama.load" and (world.vlm_held_mib() or self._retrying()):
+            return
+        if card.free_mib < need:
+            self._broken("S5", f"{op} needs {need:.0f} MiB, {card.free_mib:.0f} were free")
+
+    def _retrying(self) -> bool:
+        return bool(self.world.faults.fired)
+
+    # --- on entering a state ---
+
+    def _entered(self, event: Event) -> None:
+        assert isinstance(event, StateChanged)
+        if event.new not in STANDING or self.engine.state is not event.new or self._hearsay():
+            return
+        plan = self.engine._standing.plan
+        if plan.clip is not None and plan.clip != self.world.clip.place:
+            self._broken("S3", f"{event.new.name} entered with CLIP on the {self.world.clip.place}")
+        if plan.vlm is not None and plan.vlm is not self.world.vlm_resident():
+            self._broken("S3", f"{event.new.name} entered with the VLM {'in' if not plan.vlm else 'out'}")
+
+    def _hearsay(self) -> bool:
+        """Ollama was made to lie, or others are at work: what was observed need not be so a moment later."""
+        lies = {("ollama.ps", "silent")}
+        return bool(lies & set(self.world.faults.fired)) or any(entry.client != "us" for entry in self.world.ollama.log)
+
+    # --- after every step of a story ---
+
+    def check(self) -> None:
+        """Raise AssertionError with every broken promise; called when no input is pending."""
+        self._journal()
+        status = self.manager.get_status()
+        if not len(self.manager._driver.mailbox) and status.state not in STABLE:
+            self._broken("S2", f"the mailbox is empty and the state is {status.state.name}")
+        if status.state is State.DEGRADED:
+            self._safe(status)
+        waiting = {ticket.future for ticket in self.engine.waiting}
+        for future in self.futures:
+            if not future.done() and future not in waiting:
+                self._broken("S7", "a ticket has no answer")
+        self.futures = [future for future in self.futures if not future.done()]
+        for violation in self.world.clip.violations:
+            self._broken("S10", violation)
+        self._loads()
+        assert not self.violations, "\n".join(self.violations)
+
+    def _safe(self, status: Any) -> None:
+        if status.reason is None:
+            self._broken("S4", "DEGRADED without a reason")
+        if status.asked_mode is ExecutionMode.DEGRADED:
+            self._broken("S4", "DEGRADED without an asked mode")
+        if "recover" not in {timer.name for timer in status.timers} and not status.closed:
+            self._broken("S4", "DEGRADED without recovery armed")
+
+    def degraded_placement(self) -> None:
+        """S4, right after entering DEGRADED: the safe placement, or a list of what is left."""
+        status = self.manager.get_status()
+        if status.state is not State.DEGRADED or self._hearsay():
+            return
+        leftovers = " ".join(status.leftovers)
+        if self.world.clip.place == "gpu" and "CLIP" not in leftovers:
+            self._broken("S4", "CLIP is on the GPU in DEGRADED and not listed")
+        if self.world.vlm_resident() and self.world.vlm.name not in leftovers and self.world.ollama.up:
+            self._broken("S4", "the VLM is resident in DEGRADED and not listed")
+
+    def _journal(self) -> None:
+        journal = self.manager.journal
+        fresh = [record for record in journal if record.n > self._records]
+        for record in fresh:
+            if record.n != self._records + 1:
+                self._broken("S8", f"the journal jumps from {self._records} to {record.n}")
+            self._records = record.n
+            self.rows_taken[record.row] += 1
+            self.verdicts_seen |= {(name, verdict) for name, verdict in record.verdicts.items()}
+            self._record(record)
+
+    def _record(self, record: Any) -> None:
+        row = _ROWS.get(record.row)
+        if row is None or record.source not in row.sources or record.dest is not (row.dest or record.source):
+            self._broken("S8", f"{record} is no row of the table")
+            return
+        if record.dest is State.DEGRADED is not record.source and record.source is not State.SHEDDING:
+            self._broken("S9", f"{record.row} leads to DEGRADED past SHEDDING")
+        if record.source in STABLE and record.dest in STABLE and record.source is not record.dest:
+            self._broken("S9", f"{record.row} is a shortcut")
+        if record.row in ("load", "migrate") and not record.verdicts.get("fits"):
+            self._broken("S5", f"{record.row} without room")
+        if record.source in STABLE:
+            self._moved = 0
+        elif record.row in ("superseded", "aborted-superseded"):
+            self._moved = 0  # an input from outside
+        if record.dest is not record.source or record.row in ("aborted-back",):
+            self._moved += 1
+        if self._moved > MOST_TRANSITIONS:
+            self._broken("L3", f"{self._moved} transitions for one input, the last by {record.row}")
+
+    def _loads(self) -> None:
+        """L4: loads are paid for by requests, recoveries and re-assertions."""
+        loads = sum(entry.op == "ollama.load" and entry.client == "us" for entry in self.world.ollama.log)
+        reasons = self.inputs + sum(self.rows_taken[row] for row in ("recover", "check-reassert", "renew"))
+        twice = 2 if self.manager.config.on_partial_offload == "reload" else 1
+        most = twice * (1 + self.manager.config.vlm_load_retries) * reasons
+        if loads > most:
+            self._broken("L4", f"{loads} loads for {reasons} reasons")
+
+    def _broken(self, rule: str, what: str) -> None:
+        text = f"{rule}: {what} (at {self.world.clock.monotonic():.3f} s, {self.manager!r})"
+        if text not in self.violations:
+            self.violations.append(text)

@@ -1,0 +1,403 @@
+"""A Hypothesis state machine over a real manager in a simulated world.
+
+Subclass it and add rules for your own agent; every invariant of the oracle is checked after each step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from gpu_fsm import errors
+from gpu_fsm.manager import GPUResourceManager
+from gpu_fsm.ollama import OllamaManager
+from gpu_fsm.simulation import KINDS, SimulatedWorld
+from gpu_fsm.states import STANDING
+from gpu_fsm.status import ExecutionMode, State
+from gpu_fsm.testing.oracle import Oracle
+
+MODES = (ExecutionMode.IDLE, ExecutionMode.RECORDING, ExecutionMode.AUTOPILOT)
+
+WAIT_S = 1000.0
+"""Longer than every deadline together: a call that takes longer has hung."""
+
+FAULTS = sorted((op, kind) for op, kinds in KINDS.items() for kind in kinds if op in {
+    "ollama.load", "ollama.unload", "ollama.generate", "ollama.ps", "ollama.tags", "ollama.renew",
+    "clip.to_gpu", "clip.to_cpu", "clip.encode", "probe.read",
+} and kind != "gpu_lost")  # fmt: skip
+"""Every fault that the manager's own calls can meet; a lost GPU never heals, so it has a rule of its own."""
+
+modes = st.sampled_from(MODES)
+
+
+def inline_manager(world: SimulatedWorld, **settings: Any) -> GPUResourceManager:
+    """A manager that drives in the calling thread, over the real HTTP client on the simulated server."""
+    config = world.config(**{"journal_size": 100_000, **settings})
+    server = OllamaManager(config, clock=world.clock, transport=world.transport)
+    return GPUResourceManager(config, **world.ports(server), threaded=False)
+
+
+class GPUStateMachine(RuleBasedStateMachine):
+    """Requests, leases, faults, neighbours and time, in any order."""
+
+    executed: ClassVar[Counter[str]] = Counter()
+    """How often each rule ran, over all examples; with `rows` and `fired` what a run must cover."""
+    rows: ClassVar[Counter[str]] = Counter()
+    fired: ClassVar[Counter[tuple[str, str]]] = Counter()
+    verdicts: ClassVar[set[tuple[str, bool]]] = set()
+
+    world: SimulatedWorld
+    manager: GPUResourceManager
+    oracle: Oracle
+
+    # --- the beginning and the end ---
+
+    @initialize(
+        gpu=st.sampled_from((True, True, True, False)),
+        clip=st.sampled_from((True, True, True, False)),
+        card_mib=st.sampled_from((6400.0, 8192.0, 12288.0)),
+        tells_holders=st.booleans(),
+        version=st.sampled_from(("0.32.15", "0.24.0")),
+        on_shortage=st.sampled_from(("degrade", "degrade", "refuse")),
+        on_partial_offload=st.sampled_from(("reload", "accept", "degrade")),
+        idle_timeout_s=st.sampled_from((20.0, 120.0)),
+    )
+    def begin(
+        self,
+        *,
+        gpu: bool,
+        clip: bool,
+        card_mib: float,
+        tells_holders: bool,
+        version: str,
+        on_shortage: str,
+        on_partial_offload: str,
+        idle_timeout_s: float,
+    ) -> None:
+        """Build a world and a manager in it."""
+        self.world = SimulatedWorld(
+            gpu=gpu, clip=clip, card_mib=card_mib, tells_holders=tells_holders, version=version, models={"other": 1500.0}
+        )
+        self.manager = inline_manager(
+            self.world,
+            on_shortage=on_shortage,
+            on_partial_offload=on_partial_offload,
+            idle_timeout_s=idle_timeout_s,
+        )
+        self.oracle = Oracle(self.manager, self.world)
+        self.leases: list[tuple[str, contextlib.ExitStack, Any]] = []
+        self.pending_hooks: list[Callable[[str, str], None]] = []
+        self.troubled = False
+        """Something was broken, lied or taken away since the last calm."""
+        self.note("begin")
+
+    def teardown(self) -> None:
+        """End what is open; whatever the story did, the manager can be closed."""
+        if not hasattr(self, "oracle"):
+            return
+        self.calm_down()
+        self.oracle.nothing_to_acquire_for = False
+        self.manager.close()
+        self.oracle.check()
+        type(self).rows.update(self.oracle.rows_taken)
+        type(self).fired.update(self.world.faults.fired)
+        type(self).verdicts |= self.oracle.verdicts_seen
+
+    def note(self, name: str) -> None:
+        """Count a rule that ran."""
+        type(self).executed[name] += 1
+
+    # --- asking ---
+
+    @rule(mode=modes, preempt=st.booleans())
+    def request(self, mode: ExecutionMode, preempt: bool) -> None:
+        """Ask for a mode and wait."""
+        self.note("request")
+        promised = self.must_be_granted(mode)
+        future = self._submit(mode, preempt=preempt)
+        try:
+            outcome = self.manager._wait(future, WAIT_S)
+        except errors.OperationTimeout as error:
+            raise AssertionError(f"{mode.name} was not answered within {WAIT_S:g} s") from error
+        except errors.GPUFSMError as error:
+            assert not promised, f"L1: {mode.name} refused without cause: {error!r}"
+            assert not isinstance(error, errors.InternalError), repr(error)
+        else:
+            assert outcome.granted or not promised, f"L1: {mode.name} degraded without cause: {outcome.reason}"
+            assert outcome.granted or outcome.reason is not None
+        self.oracle.degraded_placement()
+
+    @rule(asked=st.lists(st.tuples(modes, st.booleans()), min_size=2, max_size=6))
+    def burst(self, asked: list[tuple[ExecutionMode, bool]]) -> None:
+        """Ask for many at once, wait for all."""
+        self.note("burst")
+        futures = [self._submit(mode, preempt=preempt) for mode, preempt in asked]
+        for future in futures:
+            self._outcome(future)
+
+    @rule(
+        first=modes,
+        then=modes,
+        preempt=st.booleans(),
+        at=st.integers(0, 12),
+        op=st.sampled_from(("", "ollama.load", "clip.to_gpu", "ollama.unload")),
+    )
+    def request_in_a_step(self, first: ExecutionMode, then: ExecutionMode, preempt: bool, at: int, op: str) -> None:
+        """While one request is served, another arrives between two I/O calls, or within one."""
+        self.note("request_in_a_step")
+        late: list[Any] = []
+        left = [at]
+
+        def hook(running: str, phase: str) -> None:
+            if not late and (not op or running == op):
+                left[0] -= 1
+                if left[0] < 0:
+                    late.append(self._submit(then, preempt=preempt))
+
+        self.world.on_io.append(hook)
+        try:
+            self._outcome(self._submit(first))
+        finally:
+            self.world.on_io.remove(hook)
+        for future in late:
+            self._outcome(future)
+
+    @rule()
+    def ensure_loaded(self) -> None:
+        """The VLM on demand."""
+        self.note("ensure_loaded")
+        self.oracle.nothing_to_acquire_for = False
+        self.oracle.inputs += 1
+        try:
+            self.manager.ensure_vlm_loaded(timeout_s=WAIT_S)
+        except errors.GPUFSMError as error:
+            assert not isinstance(error, errors.InternalError | errors.OperationTimeout), repr(error)
+        else:
+            assert self.world.vlm_resident() or self.oracle._hearsay(), "10: told loaded, and it is not"
+
+    @rule()
+    def ensure_unloaded(self) -> None:
+        """The VLM out."""
+        self.note("ensure_unloaded")
+        try:
+            self.manager.ensure_vlm_unloaded(timeout_s=WAIT_S)
+        except errors.GPUFSMError as error:
+            assert not isinstance(error, errors.InternalError | errors.OperationTimeout), repr(error)
+        else:
+            assert not self.world.vlm_resident() or self.oracle._hearsay(), "11: told gone, and it is in"
+
+    @rule(place=st.sampled_from(("gpu", "cpu")))
+    def migrate(self, place: str) -> None:
+        """CLIP by hand."""
+        self.note("migrate")
+        self.oracle.nothing_to_acquire_for = False
+        move = self.manager.migrate_clip_to_gpu if place == "gpu" else self.manager.migrate_clip_to_cpu
+        with contextlib.suppress(errors.Refused, errors.ClipError, errors.OllamaError, errors.GpuLost):
+            move(timeout_s=WAIT_S)
+            assert self.world.clip.place == place
+
+    # --- using ---
+
+    @rule(model=st.sampled_from(("vlm", "clip")))
+    @precondition(lambda self: len(self.leases) < 3)
+    def take_lease(self, model: str) -> None:
+        """Take a lease and keep it."""
+        self.note("take_lease")
+        stack = contextlib.ExitStack()
+        self.oracle.inputs += model == "vlm"
+        if model == "vlm":
+            self.oracle.nothing_to_acquire_for = False
+        try:
+            lease = self.manager.vlm if model == "vlm" else self.manager.clip
+            handle = stack.enter_context(lease(timeout_s=WAIT_S))
+        except errors.GPUFSMError as error:
+            assert not isinstance(error, errors.InternalError), repr(error)
+        else:
+            self.leases.append((model, stack, handle))
+
+    @rule(which=st.integers(0, 2))
+    @precondition(lambda self: self.leases)
+    def give_lease_back(self, which: int) -> None:
+        """End a lease."""
+        self.note("give_lease_back")
+        self.leases.pop(which % len(self.leases))[1].close()
+
+    @rule(which=st.integers(0, 2))
+    @precondition(lambda self: self.leases)
+    def use(self, which: int) -> None:
+        """Run the model under a lease."""
+        self.note("use")
+        model, _, handle = self.leases[which % len(self.leases)]
+        with contextlib.suppress(errors.OllamaError, errors.ClipError, errors.LeaseLost):
+            if model == "vlm":
+                handle.generate("what is this?")
+            else:
+                assert handle.encode(["a", "b"]).shape == (2, self.world.clip.dimensions)
+
+    @rule(asked=modes)
+    @precondition(lambda self: self.leases)
+    def request_from_elsewhere(self, asked: ExecutionMode) -> None:
+        """Another thread, which holds no lease, asks for a mode; a lease may make it wait."""
+        self.note("request_from_elsewhere")
+        self.oracle.nothing_to_acquire_for = False
+        self.oracle.inputs += asked is ExecutionMode.RECORDING
+        future = self.manager._driver.post("request", mode=asked).future
+        self.manager._driver.mailbox._queue[-1].holds = frozenset()
+        self.oracle.expect(future)
+        self._outcome(future)
+
+    # --- the world ---
+
+    @rule(fault=st.sampled_from(FAULTS), times=st.sampled_from((1, 1, 2, 5, None)), skip=st.integers(0, 3))
+    def break_something(self, fault: tuple[str, str], times: int | None, skip: int) -> None:
+        """Arm a fault."""
+        self.note("break_something")
+        self.troubled = True
+        self.world.faults.arm(*fault, times=times, skip=skip)
+
+    @rule()
+    def heal(self) -> None:
+        """Call off all faults."""
+        self.note("heal")
+        self.world.faults.heal()
+
+    @rule(kill=st.booleans())
+    def stop_ollama(self, kill: bool) -> None:
+        """Ollama ends; killed, its runners stay behind."""
+        self.note("stop_ollama")
+        self.troubled = True
+        self.world.ollama.stop(kill=kill)
+
+    @rule(starting_s=st.sampled_from((0.0, 3.0)))
+    def start_ollama(self, starting_s: float) -> None:
+        """Ollama starts, empty."""
+        self.note("start_ollama")
+        self.world.ollama.start(starting_s=starting_s)
+
+    @rule(mib=st.sampled_from((200.0, 1500.0, 4000.0, 99999.0)))
+    @precondition(lambda self: self.world.gpu)
+    def neighbour_takes(self, mib: float) -> None:
+        """Another program takes memory."""
+        self.note("neighbour_takes")
+        self.troubled = True
+        self.world.card.take("game", min(mib, self.world.card.free_mib))
+
+    @rule()
+    @precondition(lambda self: self.world.gpu)
+    def neighbour_gives(self) -> None:
+        """It gives all of it back."""
+        self.note("neighbour_gives")
+        self.world.card.give_back("game")
+
+    @rule(what=st.sampled_from(("load", "unload", "other", "generate")))
+    def other_client(self, what: str) -> None:
+        """Another client uses the same Ollama."""
+        self.note("other_client")
+        self.troubled = True
+        ollama, name = self.world.ollama, self.world.vlm.name
+        match what:
+            case "load":
+                ollama.foreign_load(name, keep_alive=-1)
+            case "unload":
+                ollama.foreign_unload(name)
+            case "other":
+                ollama.foreign_load("other")
+            case _:
+                ollama.foreign_generate(name)
+
+    @rule(seconds=st.sampled_from((0.05, 1.0, 6.0, 30.0, 130.0, 700.0)))
+    def time_passes(self, seconds: float) -> None:
+        """The manager goes on by itself."""
+        self.note("time_passes")
+        self.manager.drive_for(seconds)
+        self.oracle.degraded_placement()
+
+    @rule(mode=modes)
+    def converge(self, mode: ExecutionMode) -> None:
+        """L2: when everything is well again, the asked mode comes by itself."""
+        self.note("converge")
+        with contextlib.suppress(errors.GPUFSMError):
+            self._outcome(self._submit(mode))
+        self.calm_down()
+        status = self.manager.get_status()
+        if self.world.card.lost and status.asked_mode is ExecutionMode.AUTOPILOT:
+            return  # a lost card comes back with a new process, not before
+        assert status.state in STANDING, f"L2: still {status.state.name}: {status.reason}"
+        assert status.execution_mode is status.asked_mode, "L2: another mode than the asked one"
+        self.troubled = False
+
+    @rule()
+    def nobody_uses_it(self) -> None:
+        """L5: with nobody using it, the VLM goes."""
+        self.note("nobody_uses_it")
+        self.calm_down()
+        config = self.manager.config
+        self.manager.drive_for(config.idle_timeout_s + config.check_interval_s + 10)
+        self.troubled = False
+        engine = self.manager._driver.engine
+        if engine._observer.vlm_ours or engine._standing.plan.vlm is not None:
+            assert not self.world.vlm_resident(), "L5: the VLM is idle and still in"
+
+    @rule()
+    @precondition(lambda self: self.world.gpu)
+    def lose_the_gpu(self) -> None:
+        """The card falls off the bus: the rest of the story plays without it."""
+        self.note("lose_the_gpu")
+        self.troubled = True
+        self.world.lose_gpu()
+
+    # --- helpers ---
+
+    def calm_down(self) -> None:
+        """Mend everything that can be mended, and give the manager its bound to notice."""
+        for _, stack, _ in self.leases:
+            stack.close()
+        self.leases.clear()
+        self.world.faults.heal()
+        self.world.ollama.start()
+        self.world.ollama.reap_orphans()
+        if self.world.gpu and "game" in self.world.card.owners():
+            self.world.card.give_back("game")
+        self.world.ollama.foreign_unload("other")
+        config = self.manager.config
+        # A re-assertion that was used up comes back when its window has passed.
+        self.manager.drive_for(config.reassert_window_s + config.recover_cap_s + self.world.vlm.load_s + 5)
+
+    def must_be_granted(self, mode: ExecutionMode) -> bool:
+        """L1's premise: nothing has been wrong, so nothing may be refused."""
+        return not self.troubled and not self.leases
+
+    def _submit(self, mode: ExecutionMode, *, preempt: bool = False) -> Any:
+        self.oracle.nothing_to_acquire_for = preempt and mode is ExecutionMode.IDLE
+        future = self.manager.submit_execution_mode(mode, preempt=preempt)
+        self.oracle.expect(future, wants_vlm=mode is ExecutionMode.RECORDING)
+        return future
+
+    def _outcome(self, future: Any) -> Any:
+        try:
+            return self.manager._driver.wait(future, WAIT_S)
+        except errors.OperationTimeout as error:
+            raise AssertionError(f"no answer within {WAIT_S:g} s") from error
+        except errors.GPUFSMError as error:
+            assert not isinstance(error, errors.InternalError), repr(error)
+            return None
+
+    # --- always ---
+
+    @invariant()
+    def every_promise_is_kept(self) -> None:
+        """S1-S11 and the ledger."""
+        if hasattr(self, "oracle"):
+            self.oracle.check()
+
+    @invariant()
+    def degraded_is_never_the_asked_mode(self) -> None:
+        """What was asked is remembered."""
+        if hasattr(self, "manager"):
+            assert self.manager.get_status().asked_mode is not ExecutionMode.DEGRADED
+            assert self.manager.get_status().state in State
