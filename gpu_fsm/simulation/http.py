@@ -28,7 +28,7 @@ class OllamaHTTPServer:
     def __init__(self, server: SimulatedOllama, host: str = "127.0.0.1", port: int = 0) -> None:
         self.server = server
         self._http = _Listener((host, port), _handler_for(server))
-        self.host, self.port = self._http.server_address[0], int(self._http.server_address[1])
+        self.host, self.port = str(self._http.server_address[0]), int(self._http.server_address[1])
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         self._thread = threading.Thread(
             target=self._http.serve_forever, args=(0.05,), name="simulated-ollama", daemon=True

@@ -507,7 +507,8 @@ class Scheduler:
 
     def _expired(self, runner: Runner) -> None:
         if runner.refs == 0 and not runner.exiting and runner in self._runners:
-            self.counts["expiries"] += runner.keep_s > 0
+            if runner.keep_s > 0:
+                self.counts["expiries"] += 1
             self._exit(runner)
 
     def _exit(self, runner: Runner) -> None:

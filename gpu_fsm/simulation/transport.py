@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import BaseAdapter
+from requests.cookies import RequestsCookieJar
 from requests.structures import CaseInsensitiveDict
 from urllib3.response import HTTPResponse
 
@@ -17,6 +19,7 @@ from gpu_fsm.simulation.clock import SimulatedClock
 from gpu_fsm.simulation.ollama import SimulatedOllama
 from gpu_fsm.simulation.wire import Exchange
 
+_NO_TIME = timedelta(0)
 _REASONS = {
     200: "OK",
     400: "Bad Request",
@@ -80,6 +83,22 @@ class _Whole(io.BytesIO):
         """There is no connection to give back."""
 
 
+class _Response(requests.Response):
+    """An answer without the parts that only a session fills: `requests` takes longer to make those than all else."""
+
+    def __init__(self) -> None:
+        self._content = False  # type: ignore[assignment]  # requests says so, its types do not
+        self._content_consumed = False
+        self._next = None
+        self.encoding = "utf-8"
+        self.history = []
+        self.elapsed = _NO_TIME
+
+    @property
+    def cookies(self) -> RequestsCookieJar:  # type: ignore[override]
+        return RequestsCookieJar()
+
+
 class SimulatedAdapter(BaseAdapter):
     """Carries requests to a `SimulatedOllama`; alone, or mounted on a `requests.Session`.
 
@@ -130,7 +149,7 @@ class SimulatedAdapter(BaseAdapter):
             request.method or "GET",
             path,
             body.encode() if isinstance(body, str) else bytes(body),
-            {"Host": request.headers.get("Host", authority)},
+            _host(authority),
             self.client,
         )
         server = self.server
@@ -181,10 +200,9 @@ class SimulatedAdapter(BaseAdapter):
         self, request: requests.PreparedRequest, exchange: Exchange, deadline: float | None
     ) -> requests.Response:
         status = exchange.status or 0
-        response = requests.Response()
+        response = _Response()
         response.status_code = status
         response.headers = CaseInsensitiveDict(exchange.headers)
-        response.encoding = "utf-8"
         response.reason = _REASONS.get(status, "")
         response.url = request.url or ""
         response.request = request
@@ -202,6 +220,11 @@ class SimulatedAdapter(BaseAdapter):
                 request_method=request.method,
             )
         return response
+
+
+@functools.lru_cache(maxsize=256)
+def _host(authority: str) -> dict[str, str]:
+    return {"Host": authority}
 
 
 @functools.lru_cache(maxsize=256)

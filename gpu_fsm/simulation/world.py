@@ -53,7 +53,7 @@ class SimulatedWorld:
         card = self.card if gpu else None
         self.gpu = gpu
         self.on_io: list[Callable[[str, str], None]] = []
-        self.vlm = SimulatedModel(name=VLM, size_mib=vlm_mib, load_s=vlm_load_s).normal()
+        self.vlm = SimulatedModel(name=VLM, size_mib=vlm_mib, disk_mib=vlm_mib / 1.25, load_s=vlm_load_s).normal()
         others = [SimulatedModel(name=n, size_mib=m, load_s=vlm_load_s / 2) for n, m in (models or {}).items()]
         self.ollama = SimulatedOllama(
             [self.vlm, *others],
