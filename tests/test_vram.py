@@ -44,11 +44,13 @@ class HandClock:
 
 @pytest.fixture
 def clock() -> HandClock:
+    """The manager's clock."""
     return HandClock()
 
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNVML]:
+    """A driver without cards, in this process, and an environment that says nothing about cards."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     with FakeNVML.create(tmp_path).active() as fake:
@@ -56,6 +58,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNVML
 
 
 def monitor_of(clock: HandClock, **settings: object) -> VRAMMonitor:
+    """A monitor with these settings."""
     return VRAMMonitor(GPUResourceConfig(**settings), clock=clock)  # type: ignore[arg-type]
 
 
@@ -355,6 +358,7 @@ A, B = "GPU-aaaa0000-0000-0000-0000-000000000000", "GPU-bbbb0000-0000-0000-0000-
 
 
 def two_cards(driver: FakeNVML, *, alike: bool = False) -> None:
+    """Plug in cards A and B."""
     driver.add_gpu(uuid=A, name="Fake 3060", total_mib=12288)
     driver.add_gpu(uuid=B, name="Fake 3060" if alike else "Fake 4090", total_mib=12288 if alike else 24576)
 
@@ -417,6 +421,25 @@ def test_cards_that_change_places_are_not_confused(driver: FakeNVML, clock: Hand
     info = monitor.read(5.0)
     assert (info.device_uuid, info.total_mib) == (B, 12288)
     monitor.close()
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("code", "lost"), [(NO_PERMISSION, False), (GPU_IS_LOST, True)], ids=["not_permitted", "off_the_bus"]
+)
+def test_a_card_that_cannot_be_listed_shifts_no_choice(
+    driver: FakeNVML, clock: HandClock, code: int, lost: bool
+) -> None:
+    """A card of another container does not count; a broken one makes the choice a fault, unless a UUID was given."""
+    two_cards(driver)
+    driver.state.device[0].handle_error = code
+    monitor = monitor_of(clock)
+    info = monitor.prepare()
+    assert (info.lost, info.device_uuid) == ((True, "") if lost else (False, B))
+    monitor.close()
+    named = monitor_of(clock, gpu_uuid=B)
+    assert named.prepare().device_uuid == B
+    named.close()
 
 
 @needs_gcc
