@@ -20,7 +20,7 @@ from rich.console import Console
 from gpu_fsm import __version__
 from gpu_fsm.arguments import as_mode
 from gpu_fsm.errors import BadArgument, ClipUnavailable, ConfigError, GPUFSMError, one_line
-from gpu_fsm.settings import GPUResourceConfig, load_config, parse_setting, settings_table
+from gpu_fsm.settings import DEFAULT_OLLAMA_URL, GPUResourceConfig, load_config, parse_setting, settings_table
 
 
 class ExitCode(enum.IntEnum):
@@ -120,9 +120,9 @@ def _demo(
       gpu-fsm demo --json > report.json
       gpu-fsm demo --screens shots/ --ollama http://127.0.0.1:11434
     """  # noqa: D301
-    config = _load(
-        config_path, {"ollama_url": ollama, "clip_model": clip}, {"ollama_url": "--ollama", "clip_model": "--clip"}
-    )
+    # The simulated Ollama has an address of its own, so one that is set for the real one need not be reachable.
+    texts = {"ollama_url": DEFAULT_OLLAMA_URL if ollama is None else ollama, "clip_model": clip}
+    config = _load(config_path, texts, {"ollama_url": "--ollama", "clip_model": "--clip"})
     from gpu_fsm.demo import DemoOptions, run_demo
 
     return run_demo(

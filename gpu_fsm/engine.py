@@ -266,6 +266,7 @@ class Engine:
             floor_mib=config.floor_mib,
             accept_partial=config.on_partial_offload == "accept",
             on_our_card=self._server.on_our_card,
+            clip_managed=config.clip_model is not None,
             refuse_on_shortage=config.on_shortage == "refuse",
             drain_over=bool(ticket and ticket.waiting_since is not None and now >= self._drain_end(ticket)),
             vlm_ours=self._observer.vlm_ours,
@@ -310,7 +311,7 @@ class Engine:
             case "close":
                 stuck = s.drain_over and bool(self._leases.holders().clip)
                 release = self._observer.vlm_ours and self.config.on_close == "release"
-                clip: Literal["cpu"] | None = None if stuck or s.seen.clip == "none" else "cpu"
+                clip: Literal["cpu"] | None = None if stuck or not s.clip_managed else "cpu"
                 return Aim(mode=ExecutionMode.IDLE, plan=Plan(clip=clip, vlm=False if release else None))
             case _ if degraded:
                 return Aim(mode=mode, plan=target(mode, None, s))
@@ -474,7 +475,7 @@ class Engine:
     def _aim_of_ticket(self, ticket: Ticket, s: Snapshot) -> Aim:
         if ticket.kind == "close":
             release = self._observer.vlm_ours and self.config.on_close == "release"
-            clip: Literal["cpu"] | None = None if s.seen.clip == "none" else "cpu"
+            clip: Literal["cpu"] | None = "cpu" if s.clip_managed else None
             return Aim(mode=ExecutionMode.IDLE, plan=Plan(clip=clip, vlm=False if release else None))
         assert ticket.mode is not None
         return Aim(mode=ticket.mode, plan=target(ticket.mode, None, s))
@@ -869,7 +870,7 @@ class Engine:
         if self.state is State.DEGRADED:
             armed["recover"] = self._recover_at
             return armed
-        leased = bool(self._leases.holders().vlm)
+        leased = self._leases.vlm_held
         idle_at = self._leases.last_vlm_use + self.config.idle_timeout_s
         promised = self._standing.plan.vlm is True
         may_be_in = self._observer.seen.residency.answer is not Answer.NO

@@ -96,6 +96,7 @@ class Snapshot:
     floor_mib: float = 0.0
     accept_partial: bool = False
     on_our_card: bool = True
+    clip_managed: bool = True
     refuse_on_shortage: bool = False
 
     vlm_leased: bool = False
@@ -178,13 +179,13 @@ class Snapshot:
         moves = set()
         if self.vlm_surplus:
             moves.add("vlm")
-        if self.aim.plan.clip not in (None, self.seen.clip):
+        if self.aim.plan.clip not in (None, self.seen.clip) and self.seen.clip != "none":
             moves.add("clip")
         return frozenset(moves)
 
 
 def _lacks_clip(s: Snapshot) -> bool:
-    return s.aim.plan.clip == "gpu" and s.seen.clip != "gpu"
+    return s.aim.plan.clip == "gpu" and s.seen.clip == "cpu"
 
 
 # --- the predicates ---
@@ -203,7 +204,9 @@ def undecided(s: Snapshot) -> bool:
 def placed(s: Snapshot) -> bool:
     """The observed placement is the plan's."""
     plan = s.aim.plan
-    clip_ok = plan.clip is None or plan.clip == s.seen.clip
+    # A CLIP that cannot be loaded is in nobody's way; only AUTOPILOT cannot do without it.
+    no_clip_needed = plan.clip == "cpu" and s.seen.clip == "none" and s.aim.mode is not ExecutionMode.AUTOPILOT
+    clip_ok = plan.clip is None or plan.clip == s.seen.clip or no_clip_needed
     if plan.vlm is None:
         return clip_ok
     return clip_ok and ((s.resident and s.whole) if plan.vlm else s.absent)
@@ -322,7 +325,7 @@ def clip_there(s: Snapshot) -> bool:
 
 def clip_may_move(s: Snapshot) -> bool:
     """A move up has room and certainty; a move down needs neither."""
-    return not _lacks_clip(s) or (known(s) and admissible(s))
+    return s.seen.clip != "none" and (not _lacks_clip(s) or (known(s) and admissible(s)))
 
 
 def superseded(s: Snapshot) -> bool:
@@ -427,9 +430,8 @@ def target(mode: ExecutionMode, hold: Hold | None, s: Snapshot) -> Plan:
     The best place for CLIP is the GPU where this process has a usable one *or had one*: a card that was lost is a
     fault, not a reason to lower the promise.
     """
-    manages_clip = s.seen.clip != "none"
-    best: ClipPlace | None = ("gpu" if s.seen.gpu_expected else "cpu") if manages_clip else None
-    cpu: ClipPlace | None = "cpu" if manages_clip else None
+    cpu: ClipPlace | None = "cpu" if s.clip_managed else None
+    best: ClipPlace | None = "gpu" if s.clip_managed and s.seen.gpu_expected else cpu
     match mode:
         case ExecutionMode.RECORDING:
             return Plan(clip=cpu, vlm=hold is not Hold.PARKED)
@@ -439,7 +441,7 @@ def target(mode: ExecutionMode, hold: Hold | None, s: Snapshot) -> Plan:
             return Plan(clip=best, vlm=False)
         case _ if hold is Hold.WANTED:
             # IDLE moves CLIP only out of the VLM's way, never up: nobody asked for it there.
-            return Plan(clip=(s.seen.clip if _both_fit(s) else cpu) if manages_clip else None, vlm=True)
+            return Plan(clip=s.seen.clip if s.clip_managed and s.seen.clip != "none" and _both_fit(s) else cpu, vlm=True)
         case _ if hold is Hold.PARKED:
             return Plan(vlm=False)
         case _:
@@ -469,13 +471,15 @@ def _both_fit(s: Snapshot) -> bool:
 def why_not(s: Snapshot) -> GPUFSMError | None:
     """What known fact forbids the aim, as the error to tell; None where nothing does."""
     seen, wants_load = s.seen, s.aim.plan.vlm is True and not (s.resident and s.whole)
-    if _lacks_clip(s) and not seen.gpu_usable:
+    needs_clip = s.aim.mode is ExecutionMode.AUTOPILOT or s.trigger == "migrate_clip"
+    if s.aim.plan.clip is not None and seen.clip == "none" and needs_clip:
+        detail = seen.gpu_unusable_reason or "no CLIP is managed"
+        return ClipUnavailable(detail=detail, remedy="Install the clip extra, or set clip_model.")
+    if _lacks_clip(s) and seen.clip != "none" and not seen.gpu_usable:
         if seen.vram.lost:
             return GpuLost(detail=seen.vram.detail or "the GPU has gone", remedy="Restart the agent once it is back.")
         reason = seen.gpu_unusable_reason or "this process has no usable GPU"
         return CudaPoisoned(detail=reason, remedy="Restart the agent process to use the GPU again.")
-    if seen.clip == "none" and s.aim.plan.clip == "gpu":
-        return ClipUnavailable(detail="no CLIP is managed", remedy="Set clip_model.")
     if wants_load and seen.residency.refused:
         return OllamaUnavailable(detail=seen.residency.detail or "Ollama refuses connections", remedy=START_OLLAMA)
     if wants_load and seen.catalog.present is Answer.NO:

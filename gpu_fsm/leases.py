@@ -181,6 +181,11 @@ class LeaseBook:
         with self._lock:
             return self._holders()
 
+    @property
+    def vlm_held(self) -> bool:
+        """Whether somebody holds the VLM; takes no lock."""
+        return any(info.model == "vlm" and not info.lost for info in self.snapshot)
+
     def names(self, models: Iterable[str]) -> tuple[str, ...]:
         """The holders of `models`, for messages."""
         wanted = frozenset(models)

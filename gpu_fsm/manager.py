@@ -65,6 +65,7 @@ class GPUResourceManager:
             from gpu_fsm.vram import VRAMMonitor
 
             vram_probe = VRAMMonitor(config, clock=clock)
+            vram_probe.prepare()  # more than one card and no choice is for the user to settle, now
         if clip_host is None:
             clip_host = _real_clip(config)
         self.config = config
@@ -156,7 +157,9 @@ class GPUResourceManager:
 
     def get_clip_device(self) -> str:
         """The device that every tensor of CLIP is on: `cpu`, `cuda:0`, `none` where no CLIP is managed."""
-        return self._driver.clip.device
+        device = self._driver.clip.device
+        # While the pointers are being swapped the tensors are on two devices; the last settled one is the answer.
+        return self._driver.status().clip_device if device == "mixed" else device
 
     def explain(self, mode: ExecutionMode | str) -> str:
         """In words, with the figures of the last look: why `mode` is or is not available now."""

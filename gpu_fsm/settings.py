@@ -35,6 +35,7 @@ CONFIG_VARIABLE = "GPU_FSM_CONFIG"
 """Names the TOML file where no path is given.  No file is looked for in the current folder: a folder that somebody else
 filled must not decide which server gets the screenshots."""
 SECTION = "gpu-fsm"
+DEFAULT_OLLAMA_URL = "http://127.0.0.1:11434"
 
 _LONGEST_S = 4_000_000.0
 """46 days: threads cannot wait longer than 2**32 ms on every platform."""
@@ -326,7 +327,7 @@ def _check_url(text: str) -> SecretURL:
     except ValueError:
         raise _Wrong("an address with a host and a port from 1 to 65535") from None
     if parts.scheme not in ("http", "https") or "://" not in whole:
-        raise _Wrong("an address that begins with http:// or https://", remedy=f"Write it like {_DEFAULT_URL}.")
+        raise _Wrong("an address that begins with http:// or https://", remedy=f"Write it like {DEFAULT_OLLAMA_URL}.")
     if "#" in whole or "?" in whole:
         raise _Wrong("an address without a fragment (#) or a query (?)")
     if parts.netloc.count("@") > 1:
@@ -351,9 +352,6 @@ def _joined(parts: SplitResult, host: str, port: int | None) -> str:
     return f"{parts.scheme}://{user}{at}{place}{parts.path.rstrip('/')}"
 
 
-_DEFAULT_URL = "http://127.0.0.1:11434"
-
-
 def parse_ollama_host(text: str) -> SecretURL:
     """Read `OLLAMA_HOST` the way Ollama does and return the URL that a client on this machine can connect to.
 
@@ -370,7 +368,7 @@ def parse_ollama_host(text: str) -> SecretURL:
             value=_show(text),
             bound=wrong.bound,
             source="environment OLLAMA_HOST",
-            remedy=wrong.remedy or f"Set OLLAMA_HOST to something like {_DEFAULT_URL}, or unset it.",
+            remedy=wrong.remedy or f"Set OLLAMA_HOST to something like {DEFAULT_OLLAMA_URL}, or unset it.",
         ) from None
 
 
@@ -447,7 +445,7 @@ class GPUResourceConfig:
 
     # Ollama and the VLM
     ollama_url: str = _setting(
-        _DEFAULT_URL,
+        DEFAULT_OLLAMA_URL,
         _Text(_URL_BOUND, _check_url),
         "where Ollama listens; kept as a `SecretURL`, which hides credentials wherever it is shown",
     )
@@ -516,7 +514,7 @@ class GPUResourceConfig:
     blind_settle_s: float = _seconds(2.0, "how long to wait for a release that no driver shows", zero=True)
     observe_timeout_s: float = _seconds(2.5, "for one look at Ollama and the card")
     unknown_max_s: float = _seconds(60.0, "Ollama may be silent this long in a standing mode; it can block for 19 s")
-    check_interval_s: float = _seconds(5.0, "how often a standing promise is checked")
+    check_interval_s: float = _seconds(15.0, "how often a standing promise is checked; an error is looked into at once")
     drain_timeout_s: float = _seconds(10.0, "how long a request waits for leases in its way", zero=True)
     shed_drain_s: float = _seconds(2.0, "how long an emergency waits for a CLIP lease", zero=True)
     shed_deadline_s: float = _seconds(20.0, "for everything that an emergency does")
@@ -725,6 +723,7 @@ def _from_file(path: Path, known: tuple[str, ...]) -> tuple[dict[str, Any], dict
 
 __all__ = [
     "CONFIG_VARIABLE",
+    "DEFAULT_OLLAMA_URL",
     "ENV_PREFIX",
     "GPUResourceConfig",
     "SecretURL",

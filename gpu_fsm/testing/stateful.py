@@ -197,7 +197,7 @@ class GPUStateMachine(RuleBasedStateMachine):
         self.note("migrate")
         self.oracle.nothing_to_acquire_for = False
         move = self.manager.migrate_clip_to_gpu if place == "gpu" else self.manager.migrate_clip_to_cpu
-        with contextlib.suppress(errors.Refused, errors.ClipError, errors.OllamaError, errors.GpuLost):
+        with contextlib.suppress(errors.Refused, errors.ClipError, errors.OllamaError, errors.GpuLost, errors.ReleaseUnproven):
             move(timeout_s=WAIT_S)
             assert self.world.clip.place == place
 
@@ -370,7 +370,7 @@ class GPUStateMachine(RuleBasedStateMachine):
 
     def must_be_granted(self, mode: ExecutionMode) -> bool:
         """L1's premise: nothing has been wrong, so nothing may be refused."""
-        return not self.troubled and not self.leases
+        return not self.troubled and not self.leases and not self.world.card.lost
 
     def _submit(self, mode: ExecutionMode, *, preempt: bool = False) -> Any:
         self.oracle.nothing_to_acquire_for = preempt and mode is ExecutionMode.IDLE
