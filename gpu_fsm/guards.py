@@ -212,6 +212,11 @@ def placed(s: Snapshot) -> bool:
     return clip_ok and ((s.resident and s.whole) if plan.vlm else s.absent)
 
 
+def vlm_promised(s: Snapshot) -> bool:
+    """The plan that stands wants the VLM in."""
+    return s.aim.plan.vlm is True
+
+
 def lacks_clip(s: Snapshot) -> bool:
     """The plan wants CLIP on the GPU and it is not there."""
     return _lacks_clip(s)
@@ -386,6 +391,7 @@ PREDICATES: dict[str, Predicate] = {
         known,
         undecided,
         placed,
+        vlm_promised,
         lacks_clip,
         lacks_vlm,
         surplus,

@@ -143,7 +143,8 @@ TABLE: tuple[Row, ...] = (
     _row("check-leased", "check", STANDING, None, "blocked", "note", "a lease stands in the way of putting it right"),
     _row("check-reassert", "check", STANDING, RELEASING, "reassertions_left admissible", "reassert", "put it right"),
     _row("check-lost", "check", STANDING, SHEDDING, "", "degrade_lost", "it cannot be put right, or not again"),
-    _row("renew", "renew", STANDING, None, "placed", "renew_keep_alive", "the lease on Ollama outlives our own timer"),
+    _row("renew", "renew", STANDING, None, "vlm_promised placed", "renew_keep_alive",
+         "the idle deadline or a lease outlives Ollama's own timer"),
     _row("renew-dropped", "renew", STABLE, None, "", "note", "a renewal of what is gone would be a load"),
     # --- CLIP by hand ---
     _row("clip-already", "migrate_clip", STABLE, None, "clip_there", "acknowledge_in_place", "it is there"),

@@ -45,7 +45,8 @@ class Oracle:
         self._running: list[str] = []
         self._records = 0
         self._moved = 0
-        world.on_io.append(self._io)
+        self._loads_before = self._loads_logged()
+        world.on_io.append(self.on_io)
         manager.subscribe(self._entered, StateChanged)
 
     # --- what the tests tell it ---
@@ -62,11 +63,14 @@ class Oracle:
 
     # --- between any two I/O calls ---
 
-    def _io(self, op: str, phase: str) -> None:
+    def on_io(self, op: str, phase: str) -> None:
+        """Look at everything that must hold at any moment."""
         self.calls[op] += phase == "before"
         status = self.manager.get_status()
         if status.state is not self.engine.state:
-            self._broken("S11", f"{op}: the status says {status.state.name}, the machine is in {self.engine.state.name}")
+            self._broken(
+                "S11", f"{op}: the status says {status.state.name}, the machine is in {self.engine.state.name}"
+            )
         if op in EFFECTS:
             if phase == "before":
                 self._begin(op, status.leases)
@@ -98,7 +102,7 @@ class Oracle:
     def _renewal_became_a_load(self) -> bool:
         """`/api/ps` lists dead runners, and 0.24 also those that load: a renewal of such a one starts or joins a load."""
         journal = self.manager.journal
-        return bool(journal) and journal[-1].row == "renew" and (self._hearsay() or self._retrying())
+        return bool(journal) and journal[-1].row == "renew" and (self.hearsay() or self._retrying())
 
     def _room(self, op: str) -> None:
         """S5: the snapshot had room; here the world's own figures say whether that can have been true."""
@@ -118,7 +122,7 @@ class Oracle:
 
     def _entered(self, event: Event) -> None:
         assert isinstance(event, StateChanged)
-        if event.new not in STANDING or self.engine.state is not event.new or self._hearsay():
+        if event.new not in STANDING or self.engine.state is not event.new or self.hearsay():
             return
         plan = self.engine._standing.plan
         if plan.clip is not None and plan.clip != self.world.clip.place:
@@ -126,7 +130,7 @@ class Oracle:
         if plan.vlm is not None and plan.vlm is not self.world.vlm_resident():
             self._broken("S3", f"{event.new.name} entered with the VLM {'in' if not plan.vlm else 'out'}")
 
-    def _hearsay(self) -> bool:
+    def hearsay(self) -> bool:
         """Ollama was made to lie, or others are at work: what was observed need not be so a moment later."""
         lies = {("ollama.ps", "silent")}
         return bool(lies & set(self.world.faults.fired)) or any(entry.client != "us" for entry in self.world.ollama.log)
@@ -162,7 +166,7 @@ class Oracle:
     def degraded_placement(self) -> None:
         """S4, right after entering DEGRADED: the safe placement, or a list of what is left."""
         status = self.manager.get_status()
-        if status.state is not State.DEGRADED or self._hearsay():
+        if status.state is not State.DEGRADED or self.hearsay():
             return
         leftovers = " ".join(status.leftovers)
         if self.world.clip.place == "gpu" and "CLIP" not in leftovers:
@@ -203,12 +207,15 @@ class Oracle:
 
     def _loads(self) -> None:
         """L4: loads are paid for by requests, recoveries and re-assertions."""
-        loads = sum(entry.op == "ollama.load" and entry.client == "us" for entry in self.world.ollama.log)
+        loads = self._loads_logged() - self._loads_before
         reasons = self.inputs + sum(self.rows_taken[row] for row in ("recover", "check-reassert", "renew"))
         twice = 2 if self.manager.config.on_partial_offload == "reload" else 1
         most = twice * (1 + self.manager.config.vlm_load_retries) * reasons
         if loads > most:
             self._broken("L4", f"{loads} loads for {reasons} reasons")
+
+    def _loads_logged(self) -> int:
+        return sum(entry.op == "ollama.load" and entry.client == "us" for entry in self.world.ollama.log)
 
     def _broken(self, rule: str, what: str) -> None:
         text = f"{rule}: {what} (at {self.world.clock.monotonic():.3f} s, {self.manager!r})"

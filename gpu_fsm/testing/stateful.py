@@ -6,9 +6,10 @@ Subclass it and add rules for your own agent; every invariant of the oracle is c
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -30,7 +31,17 @@ FAULTS = sorted((op, kind) for op, kinds in KINDS.items() for kind in kinds if o
     "ollama.load", "ollama.unload", "ollama.generate", "ollama.ps", "ollama.tags", "ollama.renew",
     "clip.to_gpu", "clip.to_cpu", "clip.encode", "probe.read",
 } and kind != "gpu_lost")  # fmt: skip
-"""Every fault that the manager's own calls can meet; a lost GPU never heals, so it has a rule of its own."""
+"""Every fault that the manager's own calls can meet; a lost GPU never heals, so it has rules of its own."""
+
+RULES = (
+    "begin", "request", "burst", "request_in_a_step", "ensure_loaded", "ensure_unloaded", "migrate", "take_lease",
+    "give_lease_back", "lease_ends_later", "use", "break_something", "meet_a_fault", "heal", "stop_ollama",
+    "start_ollama", "neighbour_takes", "neighbour_gives", "other_client", "time_passes", "converge", "nobody_uses_it",
+    "lose_the_gpu", "stray_event", "close_in_the_middle",
+)  # fmt: skip
+"""Every rule; a run that leaves one out has proven less than it says."""
+
+T = TypeVar("T")
 
 modes = st.sampled_from(MODES)
 
@@ -66,6 +77,7 @@ class GPUStateMachine(RuleBasedStateMachine):
         on_shortage=st.sampled_from(("degrade", "degrade", "refuse")),
         on_partial_offload=st.sampled_from(("reload", "accept", "degrade")),
         idle_timeout_s=st.sampled_from((20.0, 120.0)),
+        troubles=st.sets(st.sampled_from(("faults", "faults ", "outages", "neighbours", "others", "doom"))),
     )
     def begin(
         self,
@@ -78,32 +90,43 @@ class GPUStateMachine(RuleBasedStateMachine):
         on_shortage: str,
         on_partial_offload: str,
         idle_timeout_s: float,
+        troubles: set[str],
     ) -> None:
-        """Build a world and a manager in it."""
+        """Build a world and a manager in it; `troubles` are the kinds of trouble that this story knows."""
+        self.troubles = {trouble.strip() for trouble in troubles}
         self.world = SimulatedWorld(
-            gpu=gpu, clip=clip, card_mib=card_mib, tells_holders=tells_holders, version=version, models={"other": 1500.0}
+            gpu=gpu,
+            clip=clip,
+            card_mib=card_mib,
+            tells_holders=tells_holders,
+            version=version,
+            models={"other": 1500.0},
         )
         self.manager = inline_manager(
             self.world,
             on_shortage=on_shortage,
             on_partial_offload=on_partial_offload,
             idle_timeout_s=idle_timeout_s,
+            unload_deadline_s=10.0,
         )
         self.oracle = Oracle(self.manager, self.world)
         self.leases: list[tuple[str, contextlib.ExitStack, Any]] = []
         self.pending_hooks: list[Callable[[str, str], None]] = []
         self.troubled = False
         """Something was broken, lied or taken away since the last calm."""
+        self.doomed = False
+        """The GPU is lost to this process, for good."""
         self.note("begin")
 
     def teardown(self) -> None:
         """End what is open; whatever the story did, the manager can be closed."""
         if not hasattr(self, "oracle"):
             return
-        self.calm_down()
-        self.oracle.nothing_to_acquire_for = False
-        self.manager.close()
-        self.oracle.check()
+        if not self.manager.get_status().closed:
+            self.calm_down()
+            self.manager.close()
+            self.oracle.check()
+            assert self.world.clip.place != "gpu", "closed, and CLIP is on the GPU"
         type(self).rows.update(self.oracle.rows_taken)
         type(self).fired.update(self.world.faults.fired)
         type(self).verdicts |= self.oracle.verdicts_seen
@@ -114,29 +137,23 @@ class GPUStateMachine(RuleBasedStateMachine):
 
     # --- asking ---
 
-    @rule(mode=modes, preempt=st.booleans())
-    def request(self, mode: ExecutionMode, preempt: bool) -> None:
-        """Ask for a mode and wait."""
+    @rule(mode=modes, preempt=st.booleans(), myself=st.booleans())
+    def request(self, mode: ExecutionMode, preempt: bool, myself: bool) -> None:
+        """Ask for a mode and wait; `myself` is the one who holds the leases."""
         self.note("request")
-        promised = self.must_be_granted(mode)
-        future = self._submit(mode, preempt=preempt)
-        try:
-            outcome = self.manager._wait(future, WAIT_S)
-        except errors.OperationTimeout as error:
-            raise AssertionError(f"{mode.name} was not answered within {WAIT_S:g} s") from error
-        except errors.GPUFSMError as error:
-            assert not promised, f"L1: {mode.name} refused without cause: {error!r}"
-            assert not isinstance(error, errors.InternalError), repr(error)
-        else:
-            assert outcome.granted or not promised, f"L1: {mode.name} degraded without cause: {outcome.reason}"
-            assert outcome.granted or outcome.reason is not None
+        promised = self.must_be_granted()
+        future = (
+            self._submit(mode, preempt=preempt) if myself else elsewhere(lambda: self._submit(mode, preempt=preempt))
+        )
+        outcome = self._outcome(future)
+        assert not promised or (outcome and outcome.granted), f"L1: {mode.name} without cause: {future!r} {outcome}"
         self.oracle.degraded_placement()
 
     @rule(asked=st.lists(st.tuples(modes, st.booleans()), min_size=2, max_size=6))
     def burst(self, asked: list[tuple[ExecutionMode, bool]]) -> None:
         """Ask for many at once, wait for all."""
         self.note("burst")
-        futures = [self._submit(mode, preempt=preempt) for mode, preempt in asked]
+        futures = elsewhere(lambda: [self._submit(mode, preempt=preempt) for mode, preempt in asked])
         for future in futures:
             self._outcome(future)
 
@@ -157,48 +174,41 @@ class GPUStateMachine(RuleBasedStateMachine):
             if not late and (not op or running == op):
                 left[0] -= 1
                 if left[0] < 0:
-                    late.append(self._submit(then, preempt=preempt))
+                    late.append(elsewhere(lambda: self._submit(then, preempt=preempt)))
 
         self.world.on_io.append(hook)
         try:
-            self._outcome(self._submit(first))
+            self._outcome(elsewhere(lambda: self._submit(first)))
         finally:
             self.world.on_io.remove(hook)
         for future in late:
             self._outcome(future)
 
-    @rule()
-    def ensure_loaded(self) -> None:
+    @rule(myself=st.booleans())
+    def ensure_loaded(self, myself: bool) -> None:
         """The VLM on demand."""
         self.note("ensure_loaded")
         self.oracle.nothing_to_acquire_for = False
         self.oracle.inputs += 1
-        try:
-            self.manager.ensure_vlm_loaded(timeout_s=WAIT_S)
-        except errors.GPUFSMError as error:
-            assert not isinstance(error, errors.InternalError | errors.OperationTimeout), repr(error)
-        else:
-            assert self.world.vlm_resident() or self.oracle._hearsay(), "10: told loaded, and it is not"
+        ensure = lambda: self.manager.ensure_vlm_loaded(timeout_s=WAIT_S)  # noqa: E731
+        if self._ours(ensure if myself else lambda: elsewhere(ensure)):
+            assert self.world.vlm_resident() or self.oracle.hearsay(), "10: told loaded, and it is not"
 
-    @rule()
-    def ensure_unloaded(self) -> None:
+    @rule(myself=st.booleans())
+    def ensure_unloaded(self, myself: bool) -> None:
         """The VLM out."""
         self.note("ensure_unloaded")
-        try:
-            self.manager.ensure_vlm_unloaded(timeout_s=WAIT_S)
-        except errors.GPUFSMError as error:
-            assert not isinstance(error, errors.InternalError | errors.OperationTimeout), repr(error)
-        else:
-            assert not self.world.vlm_resident() or self.oracle._hearsay(), "11: told gone, and it is in"
+        ensure = lambda: self.manager.ensure_vlm_unloaded(timeout_s=WAIT_S)  # noqa: E731
+        if self._ours(ensure if myself else lambda: elsewhere(ensure)):
+            assert not self.world.vlm_resident() or self.oracle.hearsay(), "11: told gone, and it is in"
 
-    @rule(place=st.sampled_from(("gpu", "cpu")))
-    def migrate(self, place: str) -> None:
+    @rule(place=st.sampled_from(("gpu", "cpu")), myself=st.booleans())
+    def migrate(self, place: str, myself: bool) -> None:
         """CLIP by hand."""
         self.note("migrate")
         self.oracle.nothing_to_acquire_for = False
         move = self.manager.migrate_clip_to_gpu if place == "gpu" else self.manager.migrate_clip_to_cpu
-        with contextlib.suppress(errors.Refused, errors.ClipError, errors.OllamaError, errors.GpuLost, errors.ReleaseUnproven):
-            move(timeout_s=WAIT_S)
+        if self._ours(lambda: move(timeout_s=WAIT_S) if myself else elsewhere(lambda: move(timeout_s=WAIT_S))):
             assert self.world.clip.place == place
 
     # --- using ---
@@ -212,13 +222,8 @@ class GPUStateMachine(RuleBasedStateMachine):
         self.oracle.inputs += model == "vlm"
         if model == "vlm":
             self.oracle.nothing_to_acquire_for = False
-        try:
-            lease = self.manager.vlm if model == "vlm" else self.manager.clip
-            handle = stack.enter_context(lease(timeout_s=WAIT_S))
-        except errors.GPUFSMError as error:
-            assert not isinstance(error, errors.InternalError), repr(error)
-        else:
-            self.leases.append((model, stack, handle))
+        lease = self.manager.vlm if model == "vlm" else self.manager.clip
+        self._ours(lambda: self.leases.append((model, stack, stack.enter_context(lease(timeout_s=WAIT_S)))))  # type: ignore[arg-type]
 
     @rule(which=st.integers(0, 2))
     @precondition(lambda self: self.leases)
@@ -227,38 +232,101 @@ class GPUStateMachine(RuleBasedStateMachine):
         self.note("give_lease_back")
         self.leases.pop(which % len(self.leases))[1].close()
 
+    @rule(which=st.integers(0, 2), after_s=st.sampled_from((0.5, 3.0, 9.0)))
+    @precondition(lambda self: self.leases)
+    def lease_ends_later(self, which: int, after_s: float) -> None:
+        """A lease ends by itself while something else goes on."""
+        self.note("lease_ends_later")
+        _, stack, _ = self.leases.pop(which % len(self.leases))
+        self.world.clock.after(after_s, stack.close)
+
     @rule(which=st.integers(0, 2))
     @precondition(lambda self: self.leases)
     def use(self, which: int) -> None:
         """Run the model under a lease."""
         self.note("use")
         model, _, handle = self.leases[which % len(self.leases)]
+        self._use(model, handle)
+
+    def _use(self, model: str, handle: Any) -> None:
         with contextlib.suppress(errors.OllamaError, errors.ClipError, errors.LeaseLost):
             if model == "vlm":
                 handle.generate("what is this?")
             else:
                 assert handle.encode(["a", "b"]).shape == (2, self.world.clip.dimensions)
 
-    @rule(asked=modes)
-    @precondition(lambda self: self.leases)
-    def request_from_elsewhere(self, asked: ExecutionMode) -> None:
-        """Another thread, which holds no lease, asks for a mode; a lease may make it wait."""
-        self.note("request_from_elsewhere")
-        self.oracle.nothing_to_acquire_for = False
-        self.oracle.inputs += asked is ExecutionMode.RECORDING
-        future = self.manager._driver.post("request", mode=asked).future
-        self.manager._driver.mailbox._queue[-1].holds = frozenset()
-        self.oracle.expect(future)
-        self._outcome(future)
-
     # --- the world ---
 
     @rule(fault=st.sampled_from(FAULTS), times=st.sampled_from((1, 1, 2, 5, None)), skip=st.integers(0, 3))
+    @precondition(lambda self: "faults" in self.troubles)
     def break_something(self, fault: tuple[str, str], times: int | None, skip: int) -> None:
         """Arm a fault."""
         self.note("break_something")
         self.troubled = True
         self.world.faults.arm(*fault, times=times, skip=skip)
+
+    @rule(
+        fault=st.sampled_from(FAULTS),
+        times=st.sampled_from((1, 1, 2, 5, None)),
+        way=st.integers(0, 1),
+        healed=st.booleans(),
+    )
+    @precondition(lambda self: "faults" in self.troubles)
+    def meet_a_fault(self, fault: tuple[str, str], times: int | None, way: int, healed: bool) -> None:
+        """Arm a fault and do what meets it, from a place where that works."""
+        self.note("meet_a_fault")
+        self.calm_down()
+        self.oracle.inputs += 4
+        before, action = self._meeting(fault[0], way)
+        for step in before:
+            self._ours(step)
+        self.troubled = True
+        self.world.faults.arm(*fault, times=times)
+        self._ours(action)
+        self.oracle.degraded_placement()
+        if healed:
+            self.world.faults.heal()
+
+    def _meeting(self, op: str, way: int) -> tuple[list[Callable[[], object]], Callable[[], object]]:
+        """How to bring `op` about: what to do first, and then."""
+        self.oracle.nothing_to_acquire_for = False
+        manager, config = self.manager, self.manager.config
+        record = lambda: manager.set_execution_mode("recording", timeout_s=WAIT_S)  # noqa: E731
+        automate = lambda: manager.set_execution_mode("autopilot", timeout_s=WAIT_S)  # noqa: E731
+        idle = lambda: manager.set_execution_mode("idle", timeout_s=WAIT_S)  # noqa: E731
+        load = lambda: manager.ensure_vlm_loaded(timeout_s=WAIT_S)  # noqa: E731
+        unload = lambda: manager.ensure_vlm_unloaded(timeout_s=WAIT_S)  # noqa: E731
+        match op:
+            case "ollama.load":
+                return [idle, unload, *([] if way else [automate])], record if way else load
+            case "ollama.unload":
+                return [record], automate if way else unload
+            case "ollama.renew":
+                return [record], lambda: self._hold_vlm(config.idle_timeout_s + config.keep_alive_margin_s)
+            case "ollama.generate":
+                return [record], self._generate
+            case "ollama.tags":
+                return [idle, unload], record if way else load
+            case "clip.to_gpu":
+                return [record, idle], automate if way else lambda: manager.migrate_clip_to_gpu(timeout_s=WAIT_S)
+            case "clip.to_cpu":
+                return [automate], record if way else lambda: (idle(), manager.migrate_clip_to_cpu(timeout_s=WAIT_S))
+            case "clip.encode":
+                return [automate if way else record], self._encode
+            case _:
+                return [record if way else automate], automate if way else lambda: manager.drive_for(200.0)
+
+    def _hold_vlm(self, seconds: float) -> None:
+        with self.manager.vlm(timeout_s=WAIT_S):
+            self.manager.drive_for(seconds)
+
+    def _generate(self) -> None:
+        with self.manager.vlm(timeout_s=WAIT_S) as vlm:
+            self._use("vlm", vlm)
+
+    def _encode(self) -> None:
+        with self.manager.clip(timeout_s=WAIT_S) as clip:
+            self._use("clip", clip)
 
     @rule()
     def heal(self) -> None:
@@ -267,6 +335,7 @@ class GPUStateMachine(RuleBasedStateMachine):
         self.world.faults.heal()
 
     @rule(kill=st.booleans())
+    @precondition(lambda self: "outages" in self.troubles)
     def stop_ollama(self, kill: bool) -> None:
         """Ollama ends; killed, its runners stay behind."""
         self.note("stop_ollama")
@@ -280,7 +349,7 @@ class GPUStateMachine(RuleBasedStateMachine):
         self.world.ollama.start(starting_s=starting_s)
 
     @rule(mib=st.sampled_from((200.0, 1500.0, 4000.0, 99999.0)))
-    @precondition(lambda self: self.world.gpu)
+    @precondition(lambda self: self.world.gpu and "neighbours" in self.troubles)
     def neighbour_takes(self, mib: float) -> None:
         """Another program takes memory."""
         self.note("neighbour_takes")
@@ -288,13 +357,14 @@ class GPUStateMachine(RuleBasedStateMachine):
         self.world.card.take("game", min(mib, self.world.card.free_mib))
 
     @rule()
-    @precondition(lambda self: self.world.gpu)
+    @precondition(lambda self: self.world.gpu and "neighbours" in self.troubles)
     def neighbour_gives(self) -> None:
         """It gives all of it back."""
         self.note("neighbour_gives")
         self.world.card.give_back("game")
 
     @rule(what=st.sampled_from(("load", "unload", "other", "generate")))
+    @precondition(lambda self: "others" in self.troubles)
     def other_client(self, what: str) -> None:
         """Another client uses the same Ollama."""
         self.note("other_client")
@@ -325,7 +395,7 @@ class GPUStateMachine(RuleBasedStateMachine):
             self._outcome(self._submit(mode))
         self.calm_down()
         status = self.manager.get_status()
-        if self.world.card.lost and status.asked_mode is ExecutionMode.AUTOPILOT:
+        if self.doomed and status.asked_mode is ExecutionMode.AUTOPILOT:
             return  # a lost card comes back with a new process, not before
         assert status.state in STANDING, f"L2: still {status.state.name}: {status.reason}"
         assert status.execution_mode is status.asked_mode, "L2: another mode than the asked one"
@@ -343,13 +413,49 @@ class GPUStateMachine(RuleBasedStateMachine):
         if engine._observer.vlm_ours or engine._standing.plan.vlm is not None:
             assert not self.world.vlm_resident(), "L5: the VLM is idle and still in"
 
-    @rule()
-    @precondition(lambda self: self.world.gpu)
-    def lose_the_gpu(self) -> None:
-        """The card falls off the bus: the rest of the story plays without it."""
+    @rule(encoding=st.booleans())
+    @precondition(lambda self: self.world.gpu and "doom" in self.troubles)
+    def lose_the_gpu(self, encoding: bool) -> None:
+        """The card falls off the bus, or CUDA breaks under an encode: the rest of the story plays without it."""
         self.note("lose_the_gpu")
+        self.troubled = self.doomed = True
+        if encoding:
+            self.world.faults.arm("clip.encode", "gpu_lost")
+            self._ours(self._encode)
+        else:
+            self.world.lose_gpu()
+
+    @rule(what=st.sampled_from(("idle_timeout", "recover", "renew", "check", "poisoned")))
+    def stray_event(self, what: str) -> None:
+        """A timer fires late, in a state that does not want it; a user reports an error that nobody can see."""
+        self.note("stray_event")
+        if what == "poisoned":
+            self.troubled = True
+            self.manager._driver.report(errors.CudaPoisoned(detail="reported by a user"))
+            self.manager.drive_for(0.0)
+        else:
+            self.oracle.engine.fire(what)
+
+    @rule(blind=st.booleans())
+    def close_in_the_middle(self, blind: bool) -> None:
+        """The agent ends, whatever is going on; what it leaves behind is named."""
+        self.note("close_in_the_middle")
+        if blind:
+            self.troubled = True
+            self.world.faults.arm("ollama.ps", "hang", times=None)
+        leftovers = self.manager.close()
+        self.oracle.check()
+        if self.world.clip.place == "gpu":
+            assert leftovers, "closed with CLIP on the GPU, and nobody was told"
+        for _, stack, _ in self.leases:
+            stack.close()
+        self.leases.clear()
+        self.world.faults.heal()
+        type(self).rows.update(self.oracle.rows_taken)
+        self.manager = inline_manager(self.world, idle_timeout_s=self.manager.config.idle_timeout_s)
+        self.world.on_io.remove(self.oracle.on_io)
+        self.oracle = Oracle(self.manager, self.world)
         self.troubled = True
-        self.world.lose_gpu()
 
     # --- helpers ---
 
@@ -363,14 +469,16 @@ class GPUStateMachine(RuleBasedStateMachine):
         self.world.ollama.reap_orphans()
         if self.world.gpu and "game" in self.world.card.owners():
             self.world.card.give_back("game")
-        self.world.ollama.foreign_unload("other")
+        if self.world.ollama.loaded():
+            self.world.ollama.foreign_unload("other")
+        self.oracle.nothing_to_acquire_for = False
         config = self.manager.config
         # A re-assertion that was used up comes back when its window has passed.
         self.manager.drive_for(config.reassert_window_s + config.recover_cap_s + self.world.vlm.load_s + 5)
 
-    def must_be_granted(self, mode: ExecutionMode) -> bool:
+    def must_be_granted(self) -> bool:
         """L1's premise: nothing has been wrong, so nothing may be refused."""
-        return not self.troubled and not self.leases and not self.world.card.lost
+        return not self.troubled and not self.leases and not self.doomed
 
     def _submit(self, mode: ExecutionMode, *, preempt: bool = False) -> Any:
         self.oracle.nothing_to_acquire_for = preempt and mode is ExecutionMode.IDLE
@@ -379,13 +487,22 @@ class GPUStateMachine(RuleBasedStateMachine):
         return future
 
     def _outcome(self, future: Any) -> Any:
+        """The outcome of a ticket, None for a refusal; an answer that never comes is a violation."""
+        got: list[Any] = []
+        self._ours(lambda: got.append(self.manager._driver.wait(future, WAIT_S)))
+        return got[0] if got else None
+
+    def _ours(self, call: Callable[[], object]) -> bool:
+        """True if the call succeeded; only errors that an embedder is told to expect may come out of it."""
         try:
-            return self.manager._driver.wait(future, WAIT_S)
+            call()
         except errors.OperationTimeout as error:
             raise AssertionError(f"no answer within {WAIT_S:g} s") from error
-        except errors.GPUFSMError as error:
-            assert not isinstance(error, errors.InternalError), repr(error)
-            return None
+        except errors.InternalError as error:
+            raise AssertionError(f"a defect: {error!r}") from error
+        except errors.GPUFSMError:
+            return False
+        return True
 
     # --- always ---
 
@@ -401,3 +518,8 @@ class GPUStateMachine(RuleBasedStateMachine):
         if hasattr(self, "manager"):
             assert self.manager.get_status().asked_mode is not ExecutionMode.DEGRADED
             assert self.manager.get_status().state in State
+
+
+def elsewhere(call: Callable[[], T]) -> T:
+    """Run `call` as somebody who holds no lease: another thread or task, as far as leases know."""
+    return contextvars.Context().run(call)
