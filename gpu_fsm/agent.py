@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     Vector = NDArray[np.float32]
 
 
-# --- what the agent needs of a manager ----------------------------------------------------------------------------------
+# --- what the agent needs of a manager --------------------------------------------------------------------------------
 
 
 class VLMSession(Protocol):
@@ -69,14 +70,16 @@ class Manager(Protocol):
     def get_status(self) -> GPUResourceStatus:
         """The state of everything, at once."""
 
-    def vlm(self, timeout_s: float | None = None, holder: str = "") -> contextlib.AbstractContextManager[VLMSession]:
+    def vlm(self, *, holder: str = "", timeout_s: float | None = None) -> contextlib.AbstractContextManager[VLMSession]:
         """Lease the VLM, loading it where need be."""
 
-    def clip(self, timeout_s: float | None = None, holder: str = "") -> contextlib.AbstractContextManager[CLIPSession]:
+    def clip(
+        self, *, holder: str = "", timeout_s: float | None = None
+    ) -> contextlib.AbstractContextManager[CLIPSession]:
         """Lease CLIP where it is."""
 
 
-# --- screens ------------------------------------------------------------------------------------------------------------
+# --- screens ----------------------------------------------------------------------------------------------------------
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 _LARGEST_SCREEN_BYTES = 64 * 2**20
@@ -128,13 +131,14 @@ def load_screens(folder: Path | str) -> tuple[Screen, ...]:
                 raise BadArgument(detail=f"{one_line(path)} is larger than 64 MiB", remedy="Store it smaller.")
             screen = Screen(name=path.name, data=path.read_bytes())
         except OSError as error:
-            raise BadArgument(detail=f"{one_line(path)} cannot be read: {one_line(error.strerror)}", remedy=mend) from error
+            why = one_line(error.strerror)
+            raise BadArgument(detail=f"{one_line(path)} cannot be read: {why}", remedy=mend) from error
         screen.image()
         screens.append(screen)
     return tuple(screens)
 
 
-# --- UIDetector: what is on this screen? ---------------------------------------------------------------------------------
+# --- UIDetector: what is on this screen? ------------------------------------------------------------------------------
 
 _SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -146,7 +150,7 @@ _PROMPT = (
     "name the kind of screen without its content, and `summary`, one sentence about what can be done on it. "
     "If it cannot be told, the label is `unknown`."
 )
-_REPAIR = "Your last answer did not fit: {problem}. Answer again with one JSON object with the strings `label` and `summary`."
+_REPAIR = "Your last answer did not fit: {problem}. Answer with one JSON object with the strings `label` and `summary`."
 _LONGEST_LABEL = 80
 UNKNOWN_LABEL = "unknown"
 
@@ -263,7 +267,7 @@ def _read_answer(text: str) -> tuple[str, str, str]:
     return one_line(" ".join(label.split()), _LONGEST_LABEL), one_line(" ".join(summary.split()), 400), ""
 
 
-# --- FusionEngine: have we seen this screen? --------------------------------------------------------------------------------
+# --- FusionEngine: have we seen this screen? --------------------------------------------------------------------------
 
 
 @frozen(kw_only=True)
@@ -280,7 +284,8 @@ class Limits:
     def __attrs_post_init__(self) -> None:
         if not (-1.0 <= self.unsure <= self.accept <= 1.0 and 0.0 <= self.margin <= 2.0):
             raise BadArgument(
-                detail=f"the limits {self.accept}, {self.unsure}, {self.margin} are not -1 <= unsure <= accept <= 1 with a margin in 0..2",
+                detail=f"accept {self.accept}, unsure {self.unsure} and margin {self.margin} are not "
+                "-1 <= unsure <= accept <= 1 and 0 <= margin <= 2",
                 remedy="Take them from the model's own recognition.json.",
             )
 
@@ -442,10 +447,10 @@ class FusionEngine:
                 np.savez(stream, allow_pickle=False, about=text, vectors=vectors, probe=probe)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(name, path)
+            Path(name).replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(name)
+                Path(name).unlink()
             raise
 
     @classmethod
@@ -472,15 +477,19 @@ class FusionEngine:
             with np.load(path, allow_pickle=False) as stored:
                 about = json.loads(bytes(stored["about"]))
                 vectors, stored_probe = stored["vectors"], stored["probe"]
+        except ScreenMemoryError:
+            raise
         except OSError as error:
             raise refuse(f"cannot be read: {one_line(error.strerror or error)}") from error
-        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError, zlib.error) as error:
             raise refuse("is not a whole screen memory") from error
         if not isinstance(about, dict) or about.get("format") != _FORMAT:
             raise refuse("is not a screen memory")
         if about.get("version") != _VERSION:
-            raise refuse(f"has version {one_line(about.get('version'))}, not {_VERSION}", "Use the gpu_fsm that wrote it.")
-        labels, digests = about.get("labels"), about.get("digests")
+            why = f"has version {one_line(about.get('version'))}, not {_VERSION}"
+            raise refuse(why, "Use the gpu_fsm that wrote it.")
+        labels: Any = about.get("labels")
+        digests: Any = about.get("digests")
         sound = (
             _are_texts(labels)
             and _are_texts(digests)
@@ -531,7 +540,7 @@ def probe_image() -> Image:
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
-# --- ExecutionLoop: the agent itself ------------------------------------------------------------------------------------------
+# --- ExecutionLoop: the agent itself ----------------------------------------------------------------------------------
 
 
 @frozen(kw_only=True)
@@ -539,11 +548,12 @@ class Step:
     """How one screen was handled."""
 
     screen: str
-    asked: ExecutionMode
+    mode: ExecutionMode
+    """As which mode says it was handled."""
     state: State
     """The manager's state when the screen had been handled."""
     result: Literal["recorded", "kept", "recognised", "asked", "unavailable", "failed"]
-    """`kept`: recorded before; `asked`: not recognised, so the VLM was asked and answered; `unavailable`: it could not."""
+    """`kept`: recorded before; `asked`: the VLM was asked and answered; `unavailable`: it could not be asked."""
     label: str | None = None
     match: Match | None = None
     classification: Classification | None = None
@@ -618,10 +628,14 @@ class ExecutionLoop:
         """End after the screen in hand."""
         self._stop.set()
 
-    def handle(self, screen: Screen) -> Step:
-        """Handle one screen.  Raises only `ManagerClosed`, and what the action hook raises."""
+    def handle(self, screen: Screen, mode: ExecutionMode | None = None) -> Step:
+        """Handle one screen as `mode` says, or as the asked mode does; the manager is not asked for another mode.
+
+        Raises only `ManagerClosed`, and what the action hook raises.
+        """
         start = time.monotonic()
-        handler = self._record if self._mode is ExecutionMode.RECORDING else self._recognise
+        mode = mode or self._mode
+        handler = self._record if mode is ExecutionMode.RECORDING else self._recognise
         try:
             facts = handler(screen)
         except ManagerClosed:
@@ -630,7 +644,7 @@ class ExecutionLoop:
             facts = {"result": "failed", "detail": one_line(error)}
         step = Step(
             screen=screen.name,
-            asked=self._mode,
+            mode=mode,
             state=self._manager.get_status().state,
             elapsed_s=time.monotonic() - start,
             **facts,
@@ -665,8 +679,8 @@ class ExecutionLoop:
     def _embed(self, screen: Screen) -> Vector:
         image = screen.image()
         with self._manager.clip(holder="ExecutionLoop") as clip:
-            vectors = clip.encode([image])
-        return vectors[0]
+            vector: Vector = clip.encode([image])[0]
+        return vector
 
 
 __all__ = [

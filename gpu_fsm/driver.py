@@ -151,6 +151,8 @@ class Driver:
 
     def wait(self, future: Future[T], timeout_s: float | None) -> T:
         """Wait for a future; an inline driver drives meanwhile.  The timeout ends the waiting, not the work."""
+        if future.done():
+            return future.result()
         me = threading.get_ident()
         if me == self._driving or (self._threads and me == self._threads[0].ident):
             raise errors.WouldDeadlock(

@@ -15,7 +15,7 @@ import attrs
 from attrs import frozen
 
 from gpu_fsm import errors, guards
-from gpu_fsm.errors import GPUFSMError, one_line
+from gpu_fsm.errors import GPUFSMError, ModelNotFound, one_line
 from gpu_fsm.events import (
     Degraded,
     Event,
@@ -128,7 +128,6 @@ class Engine:
         self._reason: Reason | None = None
         self._failed_in = State.IDLE
         self._leftovers: tuple[str, ...] = ()
-        self._cause_print: tuple[object, ...] = ()
         self._degraded_at = now
         self._attempt = 0
         self._looked_recoverable = False
@@ -273,17 +272,21 @@ class Engine:
             used_since=idle_due > now,
             vlm_ticket_queued=self._mailbox.wants_vlm() or any(waiting.wants_vlm for waiting in self.waiting),
             superseded=self._mailbox.newest_preempt > self._seq,
-            released_something=self._steps.released,
             came_from_plan=self._previous is not None,
             unknown_too_long=self._observer.unknown_for(now) >= config.unknown_max_s,
             pressed_too_long=self._observer.pressed_for(now) >= config.pressure_s,
             reassertions_left=len(self._reassertions) < config.reassert_limit,
-            cause_stands=bool(self._reason and self._reason.permanent and self._observer.cause() == self._cause_print),
+            model_missing=self._model_missing(),
             leftovers=bool(self._leftovers),
         )
         if self.state in STABLE:
             snapshot = attrs.evolve(snapshot, aim=self._aim_of(trigger, ticket, snapshot))
         return snapshot
+
+    def _model_missing(self) -> bool:
+        """The model was not found, and nobody has seen it since: a look is cheap, another load is not."""
+        missing = self._reason is not None and self._reason.code == ModelNotFound.code
+        return missing and self._observer.seen.catalog.present is not Answer.YES
 
     def _aim_of(self, trigger: str, ticket: Ticket | None, s: Snapshot) -> Aim:
         """What an event in a stable state would pursue.  DEGRADED stands for the mode that was asked."""
@@ -468,8 +471,7 @@ class Engine:
         aim = self._aim_of_ticket(head, for_stable)
         if head.mode is not None:
             self.asked_mode = head.mode
-        previous = self._aim
-        self._pursue(aim, previous=previous, keep_released=True)
+        self._pursue(aim, previous=None, keep_released=True)
         self._seq = newest(self._serving)
 
     def _aim_of_ticket(self, ticket: Ticket, s: Snapshot) -> Aim:
@@ -548,7 +550,7 @@ class Engine:
 
     def act_degrade_unplaced(self, s: Snapshot) -> None:
         """The step ended and the world is not as planned."""
-        self._failure = self._steps.unproven or errors_for_unplaced(s)
+        self._failure = errors_for_unplaced(s)
 
     def act_degrade_aborted(self, s: Snapshot) -> None:
         """A lease won the race when something had been given back already."""
@@ -571,14 +573,13 @@ class Engine:
         failure = self._failure
         if failure is not None:
             self._reason = Reason.of(failure, step=self._failed_in.value)
-            self._cause_print = self._observer.cause()
         if self.mode is not ExecutionMode.DEGRADED:
             self._degraded_at = now
             if now - self._stood_since >= self.config.stable_s:
                 self._attempt = 0
         self._standing = Aim(mode=ExecutionMode.DEGRADED)
         self._recover_at = self._next_try()
-        self._looked_recoverable = guards.recoverable(attrs.evolve(s, aim=self._asked_aim(s), cause_stands=False))
+        self._looked_recoverable = guards.recoverable(attrs.evolve(s, aim=self._asked_aim(s)))
 
     def _asked_aim(self, s: Snapshot) -> Aim:
         return Aim(mode=self.asked_mode, plan=target(self.asked_mode, None, s))
@@ -596,7 +597,6 @@ class Engine:
         obstacle = guards.unknown(s) if not guards.known(s) else guards.why_not(s)
         if obstacle is not None and self._reason is not None and obstacle.code != self._reason.code:
             self._reason = Reason.of(self._named(obstacle), step=self._failed_in.value)
-            self._cause_print = self._observer.cause()
             self._tell_degraded()
         self._recover_at = self._next_try()
 
@@ -782,23 +782,35 @@ class Engine:
         self.machine.raise_event(outcome)
 
     def _do_step(self, state: State) -> str:
-        if state is State.MIGRATING:
-            return self._steps.migrate()
-        if state is State.LOADING:
-            return self._steps.load(self._current())
-        if self._steps.prove_cut_off():
-            self._observer.look()
-        if not self._leases.claim(self._current().models_to_move):
-            if not (self._serving and self._serving[0].kind == "close"):
+        try:
+            if state is State.LOADING:
+                return self._steps.load(self._current())
+            if self._steps.prove_cut_off():
+                self._observer.look()
+            models = self._current().models_to_move
+            if not self._leases.claim(models) and not self._drain(models):
                 return "aborted"
-            self._force_for_close()
-        return self._steps.release(self._current())
+            return self._steps.migrate() if state is State.MIGRATING else self._steps.release(self._current())
+        finally:
+            # The effect is over: CLIP serves while the VLM loads, unless it has yet to move itself.
+            to_move = {"clip"} if self._aim.plan.clip not in (None, self._clip.place) else set()
+            self._leases.open(to_move | (self._waiting_models if self.waiting else set()))
 
-    def _force_for_close(self) -> None:
-        """Closing has waited for the leases long enough: a leased CLIP stays, a leased VLM finishes what it runs."""
-        if not self._leases.claim({"clip"}):
-            self._aim = attrs.evolve(self._aim, plan=attrs.evolve(self._aim.plan, clip=None))
-        self._leases.force(self._current().models_to_move)
+    def _drain(self, models: frozenset[str]) -> bool:
+        """A lease won the race for what has to move now.  True once it is ours to move.
+
+        Straight from a mode there is a place to wait in, so the step gives way at once.  Half-way there is none, and
+        the step itself waits, as long as the ticket would have.
+        """
+        closing = next((ticket for ticket in self._serving if ticket.kind == "close"), None)
+        if closing is None:
+            return self._previous is None and self._steps.drain(models)
+        if closing.waiting_since is not None or not self._steps.drain(models):
+            # Closing has waited long enough: a leased CLIP stays, a leased VLM finishes what it runs.
+            if not self._leases.claim({"clip"}):
+                self._aim = attrs.evolve(self._aim, plan=attrs.evolve(self._aim.plan, clip=None))
+            self._leases.force(self._current().models_to_move)
+        return True
 
     def _current(self) -> Snapshot:
         return attrs.evolve(self._snapshot, aim=self._aim, seen=self._observer.seen)
@@ -839,7 +851,9 @@ class Engine:
 
     def _on_shedding(self) -> None:
         try:
-            self._leftovers = self._steps.shed(hands_off_vlm=isinstance(self._failure, errors.ExternalClient))
+            # Another client's fight for the VLM is not fought on, and a lease that was waited for in vain is not broken.
+            hands_off = isinstance(self._failure, errors.ExternalClient | errors.LeaseTimeout)
+            self._leftovers = self._steps.shed(hands_off_vlm=hands_off)
         except Exception:
             log.exception("gpu_fsm: shedding broke")
             self._leftovers = ("unknown: shedding itself broke",)

@@ -405,8 +405,10 @@ def displaced_by(kind: str) -> GPUFSMError:
 
 def one_line(text: object, limit: int = 200) -> str:
     """Make foreign text safe for a log line: control characters escaped, cut to `limit` characters."""
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: limit * 2])
-    return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
+    line = str(text)[: limit * 2]
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 __all__ = [name for name, thing in list(globals().items()) if isinstance(thing, type) and issubclass(thing, Exception)]

@@ -110,12 +110,11 @@ class Snapshot:
     used_since: bool = False
     vlm_ticket_queued: bool = False
     superseded: bool = False
-    released_something: bool = False
     came_from_plan: bool = False
     unknown_too_long: bool = False
     pressed_too_long: bool = False
     reassertions_left: bool = True
-    cause_stands: bool = False
+    model_missing: bool = False
     leftovers: bool = False
 
     # --- figures derived from the fields, for guards and for messages ---
@@ -338,11 +337,6 @@ def superseded(s: Snapshot) -> bool:
     return s.superseded
 
 
-def released_something(s: Snapshot) -> bool:
-    """The step has already given something back; there is no way to the old plan."""
-    return s.released_something
-
-
 def has_previous(s: Snapshot) -> bool:
     """There is a standing placement to return to."""
     return s.came_from_plan
@@ -370,7 +364,7 @@ def aims_at_autopilot(s: Snapshot) -> bool:
 
 def recoverable(s: Snapshot) -> bool:
     """The cause is gone as far as a look can tell."""
-    return known(s) and not s.cause_stands and s.reassertions_left and admissible(s)
+    return known(s) and s.reassertions_left and admissible(s) and not (s.model_missing and s.aim.plan.vlm is True)
 
 
 def leftovers(s: Snapshot) -> bool:
@@ -413,7 +407,6 @@ PREDICATES: dict[str, Predicate] = {
         clip_there,
         clip_may_move,
         superseded,
-        released_something,
         has_previous,
         has_fallback,
         aims_at_idle,

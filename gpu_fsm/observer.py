@@ -171,11 +171,6 @@ class Observer:
             self.evidence = "measured"
             self._measured_mib = took
 
-    def cause(self) -> tuple[object, ...]:
-        """What would have to change for a permanent cause to be gone."""
-        seen = self.seen
-        return (seen.catalog.present, seen.catalog.digest, seen.gpu_usable, seen.clip)
-
 
 def ollama_pids(holders: tuple[Holder, ...]) -> frozenset[int]:
     """Ollama's own processes among those that hold memory."""

@@ -67,6 +67,8 @@ _LINE_LIMIT = 16 << 20
 """Bytes of one object of the model's: the last one carries the context as token numbers, 8 bytes each."""
 _ANSWER_LIMIT = 64 << 20
 _CHUNK = 1 << 16
+_HEAD_LIMIT = 1 << 16
+"""Bytes for what is not body: the head, interim answers, trailers; chunks may add a quarter of the body's bound."""
 _MODELS_LIMIT = 256
 _NAME_LIMIT = 256
 _MOST_BYTES = 1 << 50
@@ -165,6 +167,16 @@ class _Endpoint:
             text = text.replace(str.__str__(secret), "***")
         return text
 
+    def clean(self, problem: BaseException) -> None:
+        """Take our credentials out of a foreign exception and all that hang on it, where a server has said them."""
+        if not self._secrets:
+            return
+        for cause in _causes(problem):
+            cause.args = tuple(self.hide(arg) if isinstance(arg, str) else arg for arg in cause.args)
+            for name, value in vars(cause).items():
+                if isinstance(value, str):
+                    setattr(cause, name, self.hide(value))
+
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> requests.PreparedRequest:
         """Prepare a request without a session: no cookies, no netrc, no environment."""
         prepared = requests.PreparedRequest()
@@ -192,6 +204,8 @@ class Transport(Protocol):
     simulated: bool
     expired: bool
     """Whether the transport itself ended the call because its time was over."""
+    limit: int
+    """Bytes that it may read, head and framing included; set before `send`."""
 
     def send(
         self,
@@ -217,6 +231,7 @@ class SocketTransport(HTTPAdapter):
     simulated = False
 
     def __init__(self) -> None:
+        self.limit = _CONTROL_LIMIT
         self._lock = threading.Lock()
         self.expired = False
         self._aborted = False
@@ -348,12 +363,52 @@ def _permitted(address: str, *, local: bool) -> bool:
     return ip.is_loopback if local else not (ip.is_link_local or ip.is_multicast or ip.is_unspecified)
 
 
+class _TooLong(OSError):
+    """More bytes came than any honest answer has."""
+
+
+class _Metered(io.RawIOBase):
+    """A socket's bytes, up to a bound.
+
+    What `http.client` and `urllib3` read besides the body has weaker bounds or none: 100 header lines of 64 KiB,
+    interim answers without end, a chunk's size or a trailer as one endless line.
+    """
+
+    def __init__(self, raw: Any, limit: int) -> None:
+        self._raw = raw
+        self._left = limit
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        count: int | None = self._raw.readinto(buffer)
+        self._left -= count or 0
+        if self._left < 0:
+            raise _TooLong("the answer is longer than any of Ollama's")
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer that is metered from its first byte on."""
+
+    def __init__(self, sock: socket.socket, *args: Any, limit: int, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Metered(sock.makefile("rb", buffering=0), limit))
+
+
 class _Owned(HTTPConnection):
     """A connection whose socket its transport knows."""
 
     def __init__(self, owner: SocketTransport, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._owner = owner
+        self.response_class = partial(_Answer, limit=owner.limit)  # type: ignore[assignment]  # it is called, no more
 
     def _new_conn(self) -> socket.socket:
         limit = self.timeout if isinstance(self.timeout, int | float) else _CONNECT_S
@@ -625,7 +680,7 @@ class OllamaManager:
         try:
             start, deadline = self._clock.monotonic(), self._deadline(timeout_s)
             said = self._control("/api/version", start + (deadline - start) / 2).get("version")
-            version = one_line(said, 64) if isinstance(said, str) else ""
+            version = self._shown(said, 64) if isinstance(said, str) else ""
             if not version:
                 return Health(level="down", detail="something that is not Ollama answers there")
             self._listed(self._control("/api/ps", deadline), self._model_entry)
@@ -794,7 +849,7 @@ class OllamaManager:
         if answer.get("done") is not True:
             raise self._error(OllamaProtocolError, "the load was answered without done", status=200)
         if answer.get("done_reason") not in ("load", "", None):
-            said = one_line(answer["done_reason"], 40)
+            said = self._shown(answer["done_reason"], 40)
             raise self._error(LoadFailed, f"the load ended as {said!r}", status=200)
 
     def _nap(self, seconds: float, interrupt: Interrupt, attempts: int, started: float) -> None:
@@ -836,7 +891,8 @@ class OllamaManager:
         self, request: requests.PreparedRequest, timeout_s: float, *, stream: bool
     ) -> Iterator[Completion]:
         deadline = self._deadline(timeout_s)
-        with self._call(request, deadline) as (response, transport):
+        limit = _ANSWER_LIMIT if stream else _LINE_LIMIT
+        with self._call(request, deadline, limit=limit) as (response, transport):
             self._require_ok(response, transport, deadline)
             for line in self._lines(response, transport, deadline) if stream else self._whole(response, deadline):
                 answer = self._object(line, response)
@@ -922,6 +978,7 @@ class OllamaManager:
         request: requests.PreparedRequest,
         deadline: float,
         guard: Callable[[Transport], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
+        limit: int = _CONTROL_LIMIT,
     ) -> Iterator[tuple[requests.Response, Transport]]:
         """Send a request on a connection of its own; translate what goes wrong, in the body of the block too.
 
@@ -929,6 +986,7 @@ class OllamaManager:
         session adds, are all things that must not happen here.
         """
         transport = self._make_transport()
+        transport.limit = limit + limit // 4 + _HEAD_LIMIT
         with self._lock:
             if self._closed:
                 raise ManagerClosed(detail="the connection to Ollama was closed")
@@ -952,6 +1010,7 @@ class OllamaManager:
             self._raise_if_over(transport)
             raise
         except _FOREIGN as problem:
+            self._endpoint.clean(problem)
             raise self._translated(problem, transport, deadline) from problem
         finally:
             if response is not None:
@@ -976,10 +1035,14 @@ class OllamaManager:
 
     def _object(self, data: bytes, response: requests.Response) -> dict[str, Any]:
         """Read a body (or a line) that must be a JSON object, and raise the error that it may hold."""
+        answer: dict[str, Any] = {}
+        broken = ""
         try:
             answer = _json_object(data)
         except ValueError as problem:
-            raise self._foreign_answer(response, data, str(problem)) from None
+            broken = str(problem) or "no JSON"
+        if broken:  # raised out here, since Python's error would bring the whole body along
+            raise self._foreign_answer(response, data, broken)
         if answer.get("error") is not None:
             raise self._server_error(response.status_code, _error_text(answer) or "")
         return answer
@@ -989,7 +1052,7 @@ class OllamaManager:
         if status == 200:
             return
         if status in (301, 302, 303, 307, 308):
-            where = one_line(self._endpoint.hide(response.headers.get("Location", "")), 100)
+            where = self._shown(response.headers.get("Location", ""), 100)
             raise self._error(
                 OllamaProtocolError,
                 f"redirected to {where!r}, which is not followed",
@@ -1022,6 +1085,10 @@ class OllamaManager:
             text=one_line(self._endpoint.hide(text)),
         )
 
+    def _shown(self, text: object, limit: int) -> str:
+        """Text of the server's for people.  Hidden before it is cut, or half a password could be left at the cut."""
+        return one_line(self._endpoint.hide(str(text)), limit)
+
     def _server_error(self, status: int, text: str) -> OllamaError:
         """Turn Ollama's own error into ours.  An error inside a 200 is judged as the 500 it could no longer become."""
         judged, folded = (500 if status < 400 else status), text.casefold()
@@ -1033,8 +1100,8 @@ class OllamaManager:
 
     def _foreign_answer(self, response: requests.Response, data: bytes, problem: str) -> OllamaError:
         """Turn an answer that is not JSON into an error: Ollama has three of these, everything else is not Ollama."""
-        status, text = response.status_code, data[:400].decode("utf-8", "replace").strip()
-        kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        status, text = response.status_code, self._shown(data.decode("utf-8", "replace").strip(), 400)
+        kind = self._endpoint.hide(response.headers.get("Content-Type", "")).partition(";")[0].strip().lower()
         if status == 403 and not data:
             return self._error(
                 OllamaRequestRejected,
@@ -1083,6 +1150,8 @@ class OllamaManager:
                 OllamaUnavailable, "connection refused", remedy="Start Ollama (`ollama serve`), or correct ollama_url."
             )
         said = _innermost(problem)
+        if _has_cause(problem, _TooLong):
+            return self._error(OllamaProtocolError, f"the answer is longer than {transport.limit} bytes")
         if _has_cause(problem, requests.exceptions.SSLError, urllib3.exceptions.SSLError):
             return self._error(
                 OllamaUnavailable,
@@ -1122,7 +1191,7 @@ class OllamaManager:
     def _model_entry(self, entry: Mapping[str, Any]) -> LoadedModel:
         name, digest = self._name_and_digest(entry)
         expires = entry.get("expires_at", "")
-        expires = one_line(expires, 64) if isinstance(expires, str) else ""
+        expires = self._shown(expires, 64) if isinstance(expires, str) else ""
         year = re.match(r"([0-9]{4,6})-", expires)
         return LoadedModel(
             name=name,
@@ -1138,6 +1207,7 @@ class OllamaManager:
         if not isinstance(name, str) or not name or len(name) > _NAME_LIMIT or not name.isprintable():
             raise self._error(OllamaProtocolError, "a model without a proper name in the answer", status=200)
         digest = digest.removeprefix("sha256:") if isinstance(digest, str) else ""
+        name = self._endpoint.hide(name)
         return name, digest if re.fullmatch(r"[0-9a-f]{12,64}", digest) else ""
 
     def _number(self, answer: Mapping[str, Any], key: str, most: int) -> int:

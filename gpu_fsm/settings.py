@@ -20,7 +20,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 from urllib.parse import SplitResult, urlsplit
 
 import attrs
@@ -52,6 +52,10 @@ class SecretURL(str):
     """
 
     __slots__ = ()
+
+    def __new__(cls, text: str) -> Self:
+        # `str(text)` would ask another SecretURL for its text, and get the one without credentials.
+        return super().__new__(cls, str.__str__(text))
 
     @property
     def redacted(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import attrs
 from attrs import frozen
 
-from gpu_fsm.errors import Bucket, GPUFSMError, one_line
+from gpu_fsm.errors import Bucket, ClipUnavailable, ConfigError, GPUFSMError, ModelNotFound, one_line
 
 
 class ExecutionMode(enum.Enum):
@@ -86,7 +86,7 @@ class Reason:
     @classmethod
     def of(cls, error: GPUFSMError, *, step: str = "") -> Reason:
         """Derive the reason from an error of ours."""
-        permanent = error.bucket in ("user", "restart_process")
+        permanent = error.bucket == "restart_process" or isinstance(error, ModelNotFound | ClipUnavailable | ConfigError)
         return cls(
             code=error.code,
             detail=one_line(error.summary()),

@@ -97,6 +97,17 @@ class Steps:
                 return True
             self._clock.sleep(self._config.settle_poll_s)
 
+    def drain(self, models: frozenset[str]) -> bool:
+        """Wait for leases in the middle of a move, with the gate closed to newcomers.  True if `models` are claimed."""
+        deadline = self._clock.monotonic() + self._config.drain_timeout_s
+        self._leases.drain(models)
+        while not self._leases.claim(models):
+            left = deadline - self._clock.monotonic()
+            if left <= 0 or self._superseded():
+                return False
+            self._clock.sleep(min(self._config.settle_poll_s, left))
+        return True
+
     def release(self, s: Snapshot) -> End:
         """Give back what the plan does not want, and wait until that is proven.  The models are claimed already."""
         baseline, held_mib = s.seen.vram, s.reclaimable_mib
@@ -188,8 +199,8 @@ class Steps:
     # --- MIGRATING ---------------------------------------------------------------------
 
     def migrate(self) -> End:
-        """CLIP to the GPU."""
-        if self._superseded() or not self._leases.claim({"clip"}):
+        """CLIP to the GPU; claimed already."""
+        if self._superseded():
             return "aborted"
         self._clip.to_gpu()
         self._await_answer()

@@ -57,5 +57,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"SKIP IS A FAILURE: {nodeid}", red=True)
     stats = terminalreporter.stats
     failed = len(stats.get("failed", [])) + len(stats.get("error", [])) + len(_forbidden_skips)
-    passed, skipped = len(stats.get("passed", [])), len(stats.get("skipped", []))
+    passed, skipped = len(stats.get("passed", [])), len(stats.get("skipped", [])) - len(_forbidden_skips)
     terminalreporter.write_line(f"tests: {passed} passed, {failed} failed, {skipped} skipped")

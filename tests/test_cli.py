@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gpu_fsm import __version__, diagrams
 from gpu_fsm.cli import EXIT_CODES, ExitCode, main
+from gpu_fsm.errors import BadArgument, ClipUnavailable, OllamaUnavailable
 from gpu_fsm.settings import settings_table
+from gpu_fsm.status import ExecutionMode
 
 SECRET = "s3cret-canary"
 
@@ -127,9 +131,82 @@ def test_a_folder_without_a_whole_picture_is_refused(
     if content is not None:
         (tmp_path / "shot.png").write_bytes(content)
     line = complaint(capsys, command, "--screens", str(tmp_path))
-    assert str(tmp_path) in line
-    if content is not None:
-        assert "shot.png" in line
+    assert (str(tmp_path) if content is None else "shot.png") in line
+
+
+class Stage(types.ModuleType):
+    """Stands where `gpu_fsm.demo` stands: keeps what the command line hands over and ends as told."""
+
+    def __init__(self) -> None:
+        super().__init__("gpu_fsm.demo")
+        self.given: dict[str, Any] = {}
+        self.ending: BaseException | int = 0
+
+    def DemoOptions(self, **options: Any) -> dict[str, Any]:  # noqa: N802 - the class it stands for
+        """The options as they came."""
+        return options
+
+    def run_demo(self, options: dict[str, Any]) -> int:
+        """End as told."""
+        self.given = options
+        if isinstance(self.ending, BaseException):
+            raise self.ending
+        return self.ending
+
+    def run_agent(self, config: Any, screens: Path, **options: Any) -> int:
+        """The same for `run`."""
+        return self.run_demo({"config": config, "screens": screens, **options})
+
+
+@pytest.fixture(name="stage")
+def _stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    stage = Stage()
+    monkeypatch.setitem(sys.modules, "gpu_fsm.demo", stage)
+    return stage
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "said"),
+    [
+        (0, ExitCode.FINE, ""),
+        (1, ExitCode.FAILED, ""),
+        (ModuleNotFoundError("no", name="torch.nn"), ExitCode.MISSING, "torch.nn is not installed"),
+        (ClipUnavailable(detail="no weights"), ExitCode.MISSING, "no weights"),
+        (BadArgument(detail="no such folder"), ExitCode.USAGE, "no such folder"),
+        (OllamaUnavailable(detail="nobody listens"), ExitCode.FAILED, "nobody listens"),
+        (KeyboardInterrupt(), ExitCode.INTERRUPTED, "interrupted"),
+    ],
+)
+def test_each_ending_has_its_exit_code(
+    stage: Stage, ending: BaseException | int, code: ExitCode, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And one line where something went wrong."""
+    stage.ending = ending
+    assert main(["demo"]) == code
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.strip().splitlines()) == bool(said)
+
+
+def test_a_defect_is_not_dressed_up_as_bad_input(stage: Stage) -> None:
+    """A bug keeps its traceback, a missing module of ours too."""
+    for defect in (ZeroDivisionError(), ModuleNotFoundError("no", name="gpu_fsm.nothing")):
+        stage.ending = defect
+        with pytest.raises(type(defect)):
+            main(["demo"])
+
+
+def test_the_simulated_demo_does_not_care_where_the_real_ollama_is(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An OLLAMA_HOST on another machine is no reason to refuse a simulation; a broken one still is."""
+    monkeypatch.setenv("OLLAMA_HOST", "example.com")
+    assert main(["demo"]) == ExitCode.FINE
+    assert stage.given["real_ollama"] is False
+    assert main(["run", "--screens", "."]) == ExitCode.USAGE
+    assert main(["run", "--screens", ".", "--allow-remote", "--mode", "Recording"]) == ExitCode.FINE
+    assert stage.given["config"].ollama_url == "http://example.com:11434"
+    assert stage.given["mode"] is ExecutionMode.RECORDING
 
 
 def test_a_control_character_from_outside_never_reaches_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,3 +234,14 @@ def test_the_module_runs_as_a_program_and_a_closed_pipe_is_no_traceback() -> Non
         )
     assert closed.returncode == ExitCode.FAILED
     assert closed.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_line() -> None:
+    """A report that was not written must not look like one that was."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "gpu_fsm", "diagram"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == ExitCode.FAILED
+    assert done.stderr == "gpu-fsm: the output cannot be written: the disk is full\n"

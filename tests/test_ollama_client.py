@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import io
 import json
-import logging
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,6 @@ from hypothesis import strategies as st
 from gpu_fsm.errors import (
     BadArgument,
     ConfigError,
-    GPUFSMError,
     LoadAborted,
     LoadFailed,
     LoadOutOfMemory,
@@ -40,141 +35,29 @@ from gpu_fsm.errors import (
     OllamaTimeout,
     OllamaUnavailable,
 )
-from gpu_fsm.ollama import OllamaManager, SocketTransport, Transport, canonical_name
-from gpu_fsm.ports import Completion, Interrupt, LoadReport, VLMServer
-from gpu_fsm.settings import GPUResourceConfig
+from gpu_fsm.ollama import OllamaManager, SocketTransport, canonical_name
+from gpu_fsm.ports import Interrupt, VLMServer
 from gpu_fsm.status import Answer, Catalog, Residency
+from tests.ollama_clients import (
+    DIGEST,
+    FINAL,
+    LOADED,
+    OTHER_DIGEST,
+    PNG,
+    Stopwatch,
+    VirtualClock,
+    Wire,
+    ask,
+    client,
+    config,
+    entry,
+    hang,
+    line,
+    load,
+    part,
+    ps,
+)
 from tests.raw_server import RawServer, Visit, chunked, http, serving
-
-CANARY = "c4nary-s3cret"
-PNG = b"\x89PNG\r\n\x1a\n" + b"\0" * 32
-DIGEST = "f3231584d73b8674fcacd0fa8f6bad320c5c2846285540104c54e6232e5a6377"
-OTHER_DIGEST = "0" * 64
-LOADED = {
-    "model": "tiny-a",
-    "created_at": "2026-11-23T03:15:49.3Z",
-    "response": "",
-    "done": True,
-    "done_reason": "load",
-}
-FINAL = {
-    "model": "tiny-a",
-    "response": "a login form",
-    "done": True,
-    "done_reason": "stop",
-    "total_duration": 852_294_471,
-    "load_duration": 772_530_895,
-    "prompt_eval_count": 4,
-    "eval_count": 3,
-    "context": [1, 2, 3],
-}
-
-
-class WallClock:
-    """The machine's clock."""
-
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def sleep(self, seconds: float) -> None:
-        threading.Event().wait(seconds)
-
-    def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
-        condition.wait(timeout_s)
-
-
-class VirtualClock:
-    """A clock that moves only when somebody sleeps or an answer takes its time."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        assert seconds >= 0
-        self.now += seconds
-
-    def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
-        raise AssertionError("the client does not wait on conditions")
-
-
-class Wire:
-    """A world without sockets: answers by path, each after some virtual seconds; notes what was asked."""
-
-    def __init__(self, clock: VirtualClock) -> None:
-        self.clock = clock
-        self.answers: dict[str, list[Any]] = {}
-        self.asked: list[tuple[str, Any]] = []
-        self.timeouts: list[float] = []
-
-    def say(self, path: str, *answers: Any) -> None:
-        """The answers of a path in order, the last one again and again: JSON, (status, JSON), or an exception."""
-        self.answers[path] = list(answers)
-
-    def __call__(self) -> Transport:
-        return _WireTransport(self)
-
-
-class _WireTransport:
-    simulated = True
-    expired = False
-
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
-
-    def send(
-        self,
-        request: Any,
-        stream: bool = False,
-        timeout: Any = None,
-        verify: Any = True,
-        cert: Any = None,
-        proxies: Any = None,
-    ) -> requests.Response:
-        wire, path = self.wire, request.path_url
-        wire.asked.append((path, json.loads(request.body) if request.body else None))
-        wire.timeouts.append(timeout)
-        queue = wire.answers[path]
-        answer = queue.pop(0) if len(queue) > 1 else queue[0]
-        if callable(answer) and not isinstance(answer, type):
-            answer = answer(timeout)
-        if isinstance(answer, Exception):
-            raise answer
-        status, body = answer if isinstance(answer, tuple) else (200, answer)
-        response = requests.Response()
-        response.status_code = status
-        response.headers["Content-Type"] = "application/json"
-        response.raw = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
-        return response
-
-    def abort(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def hang(clock: VirtualClock) -> Callable[[float], Exception]:
-    """An answer that never comes: the whole timeout passes."""
-
-    def answer(timeout: float) -> Exception:
-        clock.now += timeout
-        return requests.ReadTimeout("read timed out")
-
-    return answer
-
-
-def config(url: str = "http://127.0.0.1:11434", **settings: Any) -> GPUResourceConfig:
-    """A configuration for the recorded model."""
-    return GPUResourceConfig(**{"ollama_url": url, "vlm_model": "tiny-a", "vlm_options": {"num_ctx": 2048}, **settings})
-
-
-def client(server: RawServer | str, **settings: Any) -> OllamaManager:
-    """A client with real sockets."""
-    url = server if isinstance(server, str) else server.url
-    return OllamaManager(config(url, **settings), clock=WallClock())
 
 
 @pytest.fixture
@@ -198,45 +81,6 @@ def wire(clock: VirtualClock) -> Wire:
 def virtual(wire: Wire, clock: VirtualClock) -> OllamaManager:
     """A client without sockets, in virtual time."""
     return OllamaManager(config(), clock=clock, transport=wire, jitter=lambda: 0.0)
-
-
-def entry(name: str, digest: str = DIGEST, **fields: Any) -> dict[str, Any]:
-    """One entry of `/api/ps` or `/api/tags`."""
-    return {
-        "name": name,
-        "model": name,
-        "size": 8 << 20,
-        "digest": digest,
-        "expires_at": "2026-11-23T03:28:15.232378034Z",
-        "size_vram": 8 << 20,
-        **fields,
-    }
-
-
-def ps(*entries: Mapping[str, Any]) -> dict[str, Any]:
-    """An answer of `/api/ps`."""
-    return {"models": list(entries)}
-
-
-def load(manager: OllamaManager, deadline_s: float = 10.0, **more: Any) -> LoadReport:
-    """Load with a keep_alive of six minutes."""
-    return manager.load_model(keep_alive_s=360, deadline_s=deadline_s, **more)
-
-
-def ask(manager: OllamaManager, timeout_s: float = 10.0, **more: Any) -> list[Completion]:
-    """Ask the model something and return all parts of its answer."""
-    return list(manager.generate("What is this?", keep_alive_s=360, timeout_s=timeout_s, **more))
-
-
-class Stopwatch:
-    """Real seconds since its making; generous bounds, since the machine may be busy."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-
-    @property
-    def s(self) -> float:
-        return time.monotonic() - self.start
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -901,16 +745,6 @@ def test_a_conversation_keeps_its_messages_and_encodes_their_images(virtual: Oll
     assert messages[1]["images"] == [PNG]
 
 
-def line(value: Mapping[str, Any]) -> bytes:
-    """One line of a stream."""
-    return json.dumps(value).encode() + b"\n"
-
-
-def part(text: str) -> bytes:
-    """One part of a streamed answer."""
-    return line({"response": text, "done": False})
-
-
 def test_a_stream_gives_its_parts_as_they_come() -> None:
     """The first part is there before the last was sent."""
     first_read = threading.Event()
@@ -999,83 +833,40 @@ def test_a_line_without_end_is_cut_off() -> None:
         ask(client(server), 60.0, stream=True)
 
 
-# --- errors: one row of the server's table, one test -----------------------------------------------------------------
+# --- errors beside the table of the server, whose rows are in test_ollama_rows.py --------------------------------------
 
-ROWS: list[tuple[int, str, type[OllamaError], str]] = [
-    (400, "missing request body", OllamaRequestRejected, "again"),
-    (400, "unexpected EOF", OllamaRequestRejected, "again"),
-    (400, "json: cannot unmarshal number into Go struct field .model of type string", OllamaRequestRejected, "again"),
-    (400, "invalid model name", OllamaRequestRejected, "vlm_model"),
-    (400, "model is required", OllamaRequestRejected, "vlm_model"),
-    (404, "model '' not found", ModelNotFound, "ollama pull tiny-a"),
-    (404, "model 'tiny-a' not found", ModelNotFound, "ollama pull tiny-a"),
-    (404, 'model "tiny-a" not found, try pulling it first', ModelNotFound, "ollama pull tiny-a"),
-    (400, '"tiny-a" does not support generate', OllamaRequestRejected, "cannot do this"),
-    (400, '"tiny-a" does not support chat', OllamaRequestRejected, "cannot do this"),
-    (400, '"tiny-a" does not support thinking', OllamaRequestRejected, "cannot do this"),
-    (400, "registry.ollama.ai/library/tiny-a:latest does not support insert", OllamaRequestRejected, "cannot do this"),
-    (400, "illegal base64 data at input byte 0", OllamaRequestRejected, "PNG"),
-    (
-        400,
-        '{"error":{"code":400,"message":"Multimodal data provided, but model does not support multimodal requests."}}',
-        OllamaRequestRejected,
-        "vision model",
-    ),
+MORE_ERRORS: list[tuple[int, str, type[OllamaError], str]] = [
     (400, 'time: missing unit in duration "-1"', OllamaRequestRejected, "number of seconds"),
-    (403, "ollama cloud is disabled: remote model is unavailable", OllamaRequestRejected, "local model"),
-    (499, "request canceled", OllamaUnavailable, "close"),
-    (500, 'option "num_ctx" must be of type integer', OllamaRequestRejected, "vlm_options"),
     (
         500,
         'invalid format: "\\"xml\\""; expected "json" or a valid JSON Schema object',
         OllamaRequestRejected,
         "schema",
     ),
-    (500, "llama-server process has terminated: exit status 1: error loading model", LoadFailed, "log"),
-    (500, "llama-server process has terminated: signal: killed", LoadFailed, "log"),
-    (500, "llama runner process has terminated with exit code -1", LoadFailed, "log"),
-    (
-        500,
-        "llama-server process has terminated: exit status 1: ggml_aligned_malloc: insufficient memory\nkv cache",
-        LoadOutOfMemory,
-        "num_ctx",
-    ),
-    (500, "llama-server process has terminated: exit status 1: cudaMalloc failed: out of memory", LoadOutOfMemory, ""),
-    (500, "llama-server reported out-of-memory during startup: x", LoadOutOfMemory, "num_ctx"),
     (500, "hipMalloc failed", LoadOutOfMemory, ""),
     (500, "ErrorOutOfDeviceMemory vk_error_out_of_device_memory", LoadOutOfMemory, ""),
-    (500, "model requires more system memory (95.4 GiB) than is available (22.4 GiB)", LoadOutOfMemory, "memory"),
-    (500, "timed out waiting for llama-server to start - x", LoadFailed, "OLLAMA_LOAD_TIMEOUT"),
-    (500, "timed out waiting for llama runner to start - progress 0.00 - ", LoadFailed, "OLLAMA_LOAD_TIMEOUT"),
-    (500, "an error was encountered while running the model: unexpected EOF", LoadFailed, "log"),
-    (500, "model runner has unexpectedly stopped, this may be due to resource limitations", LoadFailed, "log"),
-    (501, "This server does not support embeddings. Start it with `--embeddings`", OllamaRequestRejected, "cannot"),
-    (500, "This server does not support embeddings. Start it with `--embeddings`", OllamaRequestRejected, "cannot"),
-    (503, "server busy, please try again.  maximum pending requests exceeded", OllamaBusy, "OLLAMA_MAX_QUEUE"),
-    (500, "unable to load full model on GPU", LoadOutOfMemory, "memory"),
     (401, "unauthorized", OllamaRequestRejected, "credentials"),
     (404, "no such route", OllamaRequestRejected, ""),
+    (408, "too slow", OllamaUnavailable, ""),
     (429, "slow down", OllamaBusy, ""),
     (502, "bad gateway", OllamaUnavailable, ""),
     (504, "gateway timeout", OllamaUnavailable, ""),
 ]
 
 
-@pytest.mark.parametrize(("status", "text", "error", "remedy"), ROWS, ids=[f"{r[0]} {r[1][:40]}" for r in ROWS])
-def test_every_error_of_the_server_has_its_class(status: int, text: str, error: type[OllamaError], remedy: str) -> None:
-    """One class, the server's text, a mend, and neither a retry where it is useless nor silence where it helps."""
-    with serving(http({"error": text}, status=status)) as server:
-        with pytest.raises(OllamaError) as caught:
-            load(client(server, vlm_load_retries=0))
-        url = server.url
-    met = caught.value
-    assert type(met) is error
-    assert (met.status, met.url, met.model) == (status, url, "tiny-a")
-    said = text if not text.startswith("{") else "Multimodal data provided, but model does not support multimodal"
-    assert met.text.startswith(said[:100].split("\n")[0])
-    assert remedy in met.remedy
-    assert "\n" not in str(met)
-    assert met.retryable == issubclass(error, OllamaBusy | OllamaUnavailable | LoadFailed)
+@pytest.mark.parametrize(
+    ("status", "text", "error", "remedy"), MORE_ERRORS, ids=[f"{r[0]} {r[1][:40]}" for r in MORE_ERRORS]
+)
+def test_an_error_beside_the_table_has_its_class_too(
+    virtual: OllamaManager, wire: Wire, status: int, text: str, error: type[OllamaError], remedy: str
+) -> None:
+    """What proxies and rarer requests meet."""
+    wire.say("/api/generate", (status, {"error": text}))
+    with pytest.raises(OllamaError) as caught:
+        virtual.unload_model(timeout_s=1.0)
+    assert type(caught.value) is error
+    assert remedy in caught.value.remedy
+    assert caught.value.status == status
 
 
 NOT_OLLAMA: list[tuple[str, bytes, type[OllamaError]]] = [
@@ -1113,16 +904,6 @@ def test_an_answer_that_is_not_ollamas_is_told_as_such(data: bytes, error: type[
     assert type(caught.value) is error
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_never_followed(status: int) -> None:
-    """Neither the picture nor the credentials go where somebody else says."""
-    with serving(http(LOADED)) as elsewhere:
-        redirect = http(b"", status=status, headers=f"Location: {elsewhere.url}/api/generate\r\n")
-        with serving(redirect) as server, pytest.raises(OllamaProtocolError, match="not followed"):
-            load(client(server, vlm_load_retries=0))
-        assert elsewhere.visits == []
-
-
 def test_a_request_asks_for_plain_json_on_a_connection_of_its_own() -> None:
     """A compressed answer has a size that no bound sees; a kept connection may be dead when it is used again."""
     with serving(http(ps())) as server:
@@ -1139,15 +920,6 @@ def test_cookies_are_not_kept() -> None:
         manager.health(5.0)
         manager.health(5.0)
         assert all(visit.header("Cookie") is None for visit in server.visits)
-
-
-def test_a_truncated_load_answer_is_tried_again() -> None:
-    """A cut at any byte is a failure that another try may mend."""
-    whole = http(LOADED)
-    seen = http(ps(entry("tiny-a")))
-    for cut in range(0, len(whole), 7):
-        with serving(whole[:cut], whole, seen) as server:
-            assert load(client(server, retry_base_s=0.0)).attempts == 2
 
 
 @pytest.mark.parametrize("kind", ["plain", "chunked", "close"])
@@ -1427,72 +1199,6 @@ def test_a_load_over_tls_is_aborted_too(certificate: tuple[Path, Path], monkeypa
 
 
 # --- secrets ---------------------------------------------------------------------------------------------------------
-
-
-def spoken(error: BaseException) -> Iterator[str]:
-    """Everything an error can be made to say, its causes included."""
-    yield "".join(traceback.format_exception(error))
-    seen: BaseException | None = error
-    while seen is not None:
-        yield repr(seen) + str(seen) + repr(vars(seen))
-        request = getattr(seen, "request", None)
-        if request is not None:
-            yield repr(request.headers) + str(dict(request.headers)) + str(request.url)
-        seen = seen.__cause__ or seen.__context__
-
-
-def test_credentials_are_sent_and_never_shown(
-    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Through every call and every failure, also where the server repeats them: in no log, error, status or repr."""
-    caplog.set_level(logging.DEBUG)
-    encoded = base64.b64encode(f"me:{CANARY}".encode()).decode()
-    echo = f"you sent Basic {encoded}, that is me:{CANARY}"
-    answers: list[bytes | Callable[[Visit], None]] = [
-        http({"error": echo}, status=500),
-        http(echo, status=401, kind="text/plain"),
-        http(echo, status=500, kind="text/html"),
-        http(b"", status=302, headers=f"Location: http://me:{CANARY}@127.0.0.1/\r\n"),
-        http({"error": echo, "done": False}),
-        http(LOADED, length=9999),
-        b"",
-        Visit.reset,
-        http({"models": [{"name": "a", "size": -1, "note": echo}]}),
-        http({"version": "0.32.15"}),
-    ]
-    said: list[str] = []
-
-    def drive(url: str) -> None:
-        manager = client(url.replace("://", f"://me:{CANARY}@"), vlm_load_retries=1, retry_base_s=0.0)
-        said.extend([repr(manager), manager.url, repr(vars(manager)), repr(vars(manager._endpoint))])
-        acts: list[Callable[[], object]] = [
-            lambda: manager.residency(5.0),
-            lambda: manager.catalog(5.0),
-            lambda: manager.health(5.0),
-            lambda: load(manager),
-            lambda: manager.unload_model(timeout_s=5.0),
-            lambda: manager.renew(keep_alive_s=5, timeout_s=5.0),
-            lambda: ask(manager),
-            lambda: ask(manager, stream=True),
-        ]
-        for act in acts:
-            try:
-                said.append(repr(act()))
-            except GPUFSMError as error:
-                said.extend(spoken(error))
-
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        drive(f"http://127.0.0.1:{unused.getsockname()[1]}")
-    for answer in answers:
-        with serving(answer) as server:
-            drive(server.url)
-            assert {visit.header("Authorization") for visit in server.visits} == {f"Basic {encoded}"}
-            assert all("@" not in visit.head for visit in server.visits)
-    captured = capsys.readouterr()
-    everything = "\n".join([*said, caplog.text, captured.out, captured.err])
-    assert CANARY not in everything
-    assert encoded not in everything
 
 
 def test_credentials_with_escapes_arrive_as_they_are_meant() -> None:

@@ -77,6 +77,13 @@ class SimulatedModel:
     trained_context: int = 131072
     default_context: int = 4096
     kv_bytes_per_token: int = 57344
+    layers: int = 28
+    width: int = 3584
+    """The embedding's length."""
+    heads: int = 28
+    kv_heads: int = 4
+    feed_forward: int = 18944
+    vocabulary: int = 152064
     in_process: bool = True
     """Run by 0.24's own engine, which lists a model while it still loads."""
 
@@ -97,8 +104,32 @@ class SimulatedModel:
             trained_context=self.trained_context,
             default_context=min(self.default_context, self.trained_context),
             kv_bytes_per_token=self.kv_bytes_per_token,
+            layers=self.layers,
+            width=self.width,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            feed_forward=self.feed_forward,
+            vocabulary=self.vocabulary,
             in_process=self.in_process,
         )
+
+    def tensors(self) -> dict[str, list[int]]:
+        """The weights by name, with their shapes, as a transformer of this architecture has them."""
+        wide, kv = self.width, self.width // self.heads * self.kv_heads
+        block = {
+            "attn_k": [wide, kv],
+            "attn_norm": [wide],
+            "attn_output": [wide, wide],
+            "attn_q": [wide, wide],
+            "attn_v": [wide, kv],
+            "ffn_down": [self.feed_forward, wide],
+            "ffn_gate": [wide, self.feed_forward],
+            "ffn_norm": [wide],
+            "ffn_up": [wide, self.feed_forward],
+        }
+        ends = {"output": [wide, self.vocabulary], "output_norm": [wide], "token_embd": [wide, self.vocabulary]}
+        blocks = {f"blk.{i}.{name}": shape for i in range(self.layers) for name, shape in block.items()}
+        return {f"{name}.weight": shape for name, shape in (ends | blocks).items()}
 
     def needs_mib(self, context: int) -> float:
         """What it takes with a context of so many tokens."""
@@ -242,6 +273,11 @@ class Scheduler:
         name = short_name(name)
         runners = [*self._runners, *([self._load.runner] if self._load else [])]
         return sum(r.held_mib for r in runners if r.model.name == name)
+
+    def processes(self) -> tuple[int, ...]:
+        """The truth: process numbers of the runners that live, loaded or loading."""
+        runners = [*self._runners, *([self._load.runner] if self._load else [])]
+        return tuple(r.number for r in runners if r.alive)
 
     def running(self) -> int:
         """How many generations are in flight."""
@@ -479,6 +515,8 @@ class Scheduler:
         runner.refs += 1
         if job.keep_s is not None:
             runner.keep_s = job.keep_s
+        if runner.expires_ns == 0:
+            self._set_expiry(runner)  # the server sets it when the runner is idle first, and until then reckons so
         self._forget_timers(runner)
         job.exchange.on_leave = None
         if job.fault is not None and job.fault.kind == "runner_dies" and job.fault.op == "ollama.renew":

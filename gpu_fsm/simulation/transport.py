@@ -118,6 +118,8 @@ class SimulatedAdapter(BaseAdapter):
         self.client = client
         self.expired = False
         """Whether a call ended because its time was over."""
+        self.limit = 0
+        """Not heeded: this server is honest."""
         self._aborted = False
         self._open: set[Exchange] = set()
 

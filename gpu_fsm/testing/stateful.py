@@ -223,7 +223,7 @@ class GPUStateMachine(RuleBasedStateMachine):
         if model == "vlm":
             self.oracle.nothing_to_acquire_for = False
         lease = self.manager.vlm if model == "vlm" else self.manager.clip
-        self._ours(lambda: self.leases.append((model, stack, stack.enter_context(lease(timeout_s=WAIT_S)))))  # type: ignore[arg-type]
+        self._ours(lambda: self.leases.append((model, stack, stack.enter_context(lease(timeout_s=WAIT_S)))))
 
     @rule(which=st.integers(0, 2))
     @precondition(lambda self: self.leases)
@@ -296,6 +296,8 @@ class GPUStateMachine(RuleBasedStateMachine):
         idle = lambda: manager.set_execution_mode("idle", timeout_s=WAIT_S)  # noqa: E731
         load = lambda: manager.ensure_vlm_loaded(timeout_s=WAIT_S)  # noqa: E731
         unload = lambda: manager.ensure_vlm_unloaded(timeout_s=WAIT_S)  # noqa: E731
+        up = lambda: manager.migrate_clip_to_gpu(timeout_s=WAIT_S)  # noqa: E731
+        down = lambda: manager.migrate_clip_to_cpu(timeout_s=WAIT_S)  # noqa: E731
         match op:
             case "ollama.load":
                 return [idle, unload, *([] if way else [automate])], record if way else load
@@ -308,9 +310,9 @@ class GPUStateMachine(RuleBasedStateMachine):
             case "ollama.tags":
                 return [idle, unload], record if way else load
             case "clip.to_gpu":
-                return [record, idle], automate if way else lambda: manager.migrate_clip_to_gpu(timeout_s=WAIT_S)
+                return [record, idle], automate if way else up
             case "clip.to_cpu":
-                return [automate], record if way else lambda: (idle(), manager.migrate_clip_to_cpu(timeout_s=WAIT_S))
+                return [automate, *([] if way else [idle])], record if way else down
             case "clip.encode":
                 return [automate if way else record], self._encode
             case _:
@@ -473,8 +475,9 @@ class GPUStateMachine(RuleBasedStateMachine):
             self.world.ollama.foreign_unload("other")
         self.oracle.nothing_to_acquire_for = False
         config = self.manager.config
-        # A re-assertion that was used up comes back when its window has passed.
-        self.manager.drive_for(config.reassert_window_s + config.recover_cap_s + self.world.vlm.load_s + 5)
+        # The bound of L2; re-assertions that were used up come back only when their window has passed.
+        window_s = config.reassert_window_s if self.oracle.engine._reassertions else 0.0
+        self.manager.drive_for(window_s + config.recover_cap_s + self.world.vlm.load_s + 5)
 
     def must_be_granted(self) -> bool:
         """L1's premise: nothing has been wrong, so nothing may be refused."""

@@ -152,7 +152,7 @@ def sheet(w: Writer, _look: Look) -> str:
     return f"""<div class="row" style="padding:8px 14px;gap:20px">{menu}</div>
 <div class="row panel" style="padding:8px 14px">{tools}</div>
 <div class="row" style="padding:6px 14px"><span class="ghost">C7</span><div class="field grow" style="padding:5px">= {w.words(2, 4)}</div></div>
-<div class="grow scroll"><table style="border-collapse:collapse;font-size:13px;width:1200px">
+<div class="grow scroll"><table style="border-collapse:collapse;font-size:13px;table-layout:fixed;width:125%">
 <tr>{head}</tr>{lines}</table></div><div class="row panel" style="padding:5px 14px">{tabs}</div>"""
 
 

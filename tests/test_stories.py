@@ -1,0 +1,407 @@
+"""Short stories for the rows that chance seldom takes: each says what must happen, and the world is asked whether it did."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from gpu_fsm import errors
+from gpu_fsm.status import ExecutionMode, Hold, State
+from gpu_fsm.testing.stateful import GPUStateMachine, elsewhere
+from tests.test_faults import fresh_machine
+
+SMALL = 6400.0
+"""A card on which CLIP and the VLM do not fit together."""
+
+
+@contextlib.contextmanager
+def story(**changes: object) -> Iterator[GPUStateMachine]:
+    """A machine to be driven by hand, judged at the end."""
+    machine = fresh_machine(**changes)
+    try:
+        yield machine
+        machine.every_promise_is_kept()
+    finally:
+        machine.teardown()
+
+
+def rows(machine: GPUStateMachine) -> list[str]:
+    """The names of the rows taken so far."""
+    return [record.row for record in machine.manager.journal]
+
+
+def test_a_vlm_that_would_push_out_the_callers_own_clip_is_refused_at_once() -> None:
+    """Waiting for oneself never ends."""
+    with story(card_mib=SMALL) as machine:
+        machine.manager.set_execution_mode("autopilot")
+        with machine.manager.clip(), pytest.raises(errors.LeaseHeld):
+            machine.manager.ensure_vlm_loaded()
+
+        assert "gpu" == machine.world.clip.place
+
+
+@pytest.mark.parametrize("ends_after_s", [3.0, None])
+@pytest.mark.parametrize("kind", ["vlm_wanted", "vlm_unwanted", "migrate_clip", "request"])
+def test_a_request_waits_for_leases_and_not_for_ever(kind: str, ends_after_s: float | None) -> None:
+    """When the lease ends in time the request goes on; else it is refused, the holders are named, nothing moves."""
+    with story(card_mib=SMALL) as machine:
+        manager, world = machine.manager, machine.world
+        stack = contextlib.ExitStack()
+        if kind == "vlm_unwanted":
+            manager.set_execution_mode("recording")
+            stack.enter_context(manager.vlm(holder="the holder"))
+            ask = manager.ensure_vlm_unloaded
+        elif kind == "migrate_clip":
+            stack.enter_context(manager.clip(holder="the holder"))
+            ask = manager.migrate_clip_to_gpu
+        else:
+            manager.set_execution_mode("autopilot")
+            stack.enter_context(manager.clip(holder="the holder"))
+            ask = manager.ensure_vlm_loaded if kind == "vlm_wanted" else lambda: manager.set_execution_mode("recording")
+        machine.oracle.inputs += 1
+        before = (world.clip.place, world.vlm_resident())
+        start = world.clock.monotonic()
+        if ends_after_s is None:
+            with pytest.raises(errors.LeaseTimeout, match="the holder"):
+                elsewhere(ask)
+            assert before == (world.clip.place, world.vlm_resident())
+            assert manager.config.drain_timeout_s == pytest.approx(world.clock.monotonic() - start, abs=0.1)
+        else:
+            world.clock.after(ends_after_s, stack.close)
+            elsewhere(ask)
+            assert before != (world.clip.place, world.vlm_resident())
+        stack.close()
+
+        assert f"{kind}-wait" in rows(machine)
+
+
+def test_while_a_ticket_waits_checks_go_on_and_holders_of_a_lease_still_pass() -> None:
+    """A gate that stopped a holder would stop the one it waits for."""
+    with story(card_mib=SMALL) as machine:
+        manager = machine.manager
+        manager.set_execution_mode("autopilot")
+        with manager.clip():
+            future = elsewhere(lambda: manager.submit_execution_mode("recording"))
+            machine.oracle.expect(future, wants_vlm=True)
+            manager.drive_for(1.0)
+            with manager.clip(timeout_s=0.0) as again:  # the holder
+                assert again.encode(["x"]).shape[0] == 1
+            with pytest.raises(errors.OperationTimeout):
+                elsewhere(lambda: contextlib.ExitStack().enter_context(manager.clip(timeout_s=0.5)))
+
+        manager.drive_for(10.0)
+        assert future.result(0).granted
+        assert machine.world.vlm_resident()
+
+
+def test_an_on_demand_vlm_that_went_away_is_not_fetched_back_for_nobody() -> None:
+    """The hold lapses, and CLIP returns to the GPU."""
+    with story(card_mib=SMALL) as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 1
+        manager.set_execution_mode("autopilot")
+        manager.ensure_vlm_loaded()
+        assert (Hold.WANTED, "cpu") == (manager.get_status().hold, world.clip.place)
+        world.ollama.foreign_unload(world.vlm.name)
+        manager.drive_for(manager.config.check_interval_s * 2)
+
+        assert (None, "gpu") == (manager.get_status().hold, world.clip.place)
+        assert "check-hold-lapsed" in rows(machine)
+
+
+def test_a_lapsed_hold_does_not_move_a_leased_clip() -> None:
+    """It is put right when the lease ends."""
+    with story(card_mib=SMALL) as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 1
+        manager.set_execution_mode("autopilot")
+        manager.ensure_vlm_loaded()
+        with manager.clip():
+            world.ollama.foreign_unload(world.vlm.name)
+            manager.drive_for(manager.config.check_interval_s * 2)
+            assert "check-leased" in rows(machine)
+            assert "cpu" == world.clip.place
+        manager.drive_for(manager.config.check_interval_s)
+
+        assert "gpu" == world.clip.place
+
+
+def test_a_full_card_degrades_and_comes_back() -> None:
+    """Less than the floor for `pressure_s`: a reason, the safe placement, and back when the neighbour goes."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 1
+        manager.set_execution_mode("recording")
+        world.card.take("game", world.card.free_mib)
+        manager.drive_for(manager.config.check_interval_s * 2 + manager.config.pressure_s)
+        status = manager.get_status()
+        assert (State.DEGRADED, "vram_insufficient") == (status.state, status.reason and status.reason.code)
+        assert not world.vlm_resident()
+        world.card.give_back("game")
+        manager.drive_for(manager.config.recover_cap_s)
+
+        assert State.RECORDING is manager.get_status().state
+        assert world.vlm_resident()
+
+
+def test_another_client_that_keeps_unloading_is_not_fought_for_ever() -> None:
+    """Three times within the window, then DEGRADED with the client's name for it; and no unload is sent to it."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 1
+        manager.set_execution_mode("recording")
+        for _ in range(manager.config.reassert_limit + 1):
+            world.ollama.foreign_unload(world.vlm.name)
+            manager.drive_for(manager.config.check_interval_s + world.vlm.load_s + 1)
+        status = manager.get_status()
+        assert (State.DEGRADED, "external_client") == (status.state, status.reason and status.reason.code)
+        manager.drive_for(manager.config.reassert_window_s + manager.config.recover_cap_s)
+
+        assert State.RECORDING is manager.get_status().state
+
+
+def test_a_vlm_that_does_not_go_is_listed_and_tried_again() -> None:
+    """The unload is acknowledged and never happens: DEGRADED with a leftover; asking again says it is stuck."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 1
+        manager.set_execution_mode("recording")
+        world.faults.arm("ollama.unload", "silent", times=None)
+        machine.troubled = True
+        assert not manager.set_execution_mode("autopilot").granted
+        assert any(world.vlm.name in left for left in manager.get_status().leftovers)
+        with pytest.raises(errors.UnloadStuck):
+            manager.ensure_vlm_unloaded()
+        assert "unwanted-shed" in rows(machine)
+        manager.drive_for(manager.config.recover_cap_s)
+        world.faults.heal()
+        manager.drive_for(manager.config.recover_cap_s + manager.config.shed_deadline_s)
+
+        assert State.AUTOPILOT is manager.get_status().state
+        assert not world.vlm_resident()
+
+
+def test_in_degraded_a_vlm_that_is_out_needs_no_unload() -> None:
+    """Asking for what is so already is not an error, in any state."""
+    with story() as machine:
+        machine.world.faults.arm("ollama.load", "http_404", times=None)
+        machine.troubled = True
+        machine.oracle.inputs += 1
+        assert not machine.manager.set_execution_mode("recording").granted
+        machine.manager.ensure_vlm_unloaded()
+
+        assert "unwanted-gone" in rows(machine)
+
+
+def test_a_wish_in_degraded_is_worth_a_try_once_the_cause_has_gone() -> None:
+    """The caller need not wait for the back-off."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 3
+        world.faults.arm("ollama.load", "before", times=None)
+        machine.troubled = True
+        assert not manager.set_execution_mode("recording").granted
+        world.faults.heal()
+        manager.ensure_vlm_loaded()
+
+        assert world.vlm_resident()
+        assert State.RECORDING is manager.get_status().state
+
+
+def test_memory_taken_in_the_middle_of_a_switch_is_found_before_it_is_needed() -> None:
+    """On demand it costs the caller an error and the mode stays; for a mode it degrades with the figures."""
+    with story(card_mib=SMALL) as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 2
+        manager.set_execution_mode("autopilot")
+
+        def steal(op: str, phase: str) -> None:
+            if (op, phase) == ("clip.to_cpu", "after") and "game" not in world.card.owners():
+                world.card.take("game", 700.0)
+
+        world.on_io.append(steal)
+        machine.troubled = True
+        with pytest.raises(errors.InsufficientVRAM) as refusal:
+            manager.ensure_vlm_loaded()
+        assert refusal.value.needed_mib > 4000
+        assert "short-falls-back" in rows(machine)
+        assert (State.AUTOPILOT, "gpu") == (manager.get_status().state, world.clip.place)
+
+        world.card.give_back("game")
+        outcome = manager.set_execution_mode("recording")
+        assert "short" in rows(machine)
+        assert not outcome.granted
+        assert outcome.reason is not None
+        assert "vram_insufficient" == outcome.reason.code
+        world.on_io.remove(steal)
+
+
+def test_ollama_falling_silent_in_the_middle_of_an_on_demand_load_costs_the_caller_only() -> None:
+    """No definite answer by the step's deadline: the way back to the mode is tried first."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 1
+        manager.set_execution_mode("idle")
+        deaf = [False]
+
+        def go_deaf(op: str, phase: str) -> None:
+            if (op, phase) == ("ollama.load", "after") and not deaf[0]:
+                deaf[0] = True
+                world.faults.arm("ollama.ps", "hang", times=None)
+
+        world.on_io.append(go_deaf)
+        machine.troubled = True
+        with pytest.raises(errors.GPUFSMError):
+            manager.ensure_vlm_loaded()
+        assert "undecided-falls-back" in rows(machine)
+        assert State.IDLE is manager.get_status().state
+        world.on_io.remove(go_deaf)
+
+
+def test_a_preempting_request_does_not_break_a_lease() -> None:
+    """Taken over in the middle of a move there is no mode to wait in: DEGRADED, the leased VLM stays, then the mode."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 3
+        manager.set_execution_mode("autopilot")
+        late: list[Any] = []
+        with manager.vlm(holder="an answer") as vlm:
+            ask = lambda: manager.submit_execution_mode("autopilot", preempt=True)  # noqa: E731
+            in_the_middle(machine, "ollama.ps", "after", lambda: late.append(elsewhere(ask)))
+            with pytest.raises(errors.Superseded):
+                elsewhere(lambda: manager.set_execution_mode("recording"))
+            manager.drive_for(manager.config.drain_timeout_s + 1)
+            outcome = late[0].result(0)
+            assert not outcome.granted or world.vlm_resident()
+            assert "ok" == vlm.generate("still there?").text
+        manager.drive_for(manager.config.recover_cap_s)
+
+        assert State.AUTOPILOT is manager.get_status().state
+        assert not world.vlm_resident()
+
+
+def test_idle_unloading_waits_while_nobody_can_tell_where_the_vlm_is() -> None:
+    """A guess would unload under somebody's hands."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 1
+        manager.set_execution_mode("recording")
+        manager.drive_for(manager.config.idle_timeout_s - 1)
+        world.faults.arm("ollama.ps", "hang", times=2)
+        machine.troubled = True
+        manager.drive_for(3.0)
+        assert "idle-waits" in rows(machine)
+        manager.drive_for(manager.config.check_interval_s + 3)
+
+        assert not world.vlm_resident()
+
+
+@pytest.mark.parametrize("mode", ["idle", "autopilot", "recording"])
+def test_a_poisoned_gpu_is_taken_at_its_word(mode: str) -> None:
+    """Reported by a user of CLIP: AUTOPILOT cannot stand, IDLE does not care, DEGRADED is safe already."""
+    with story() as machine:
+        machine.oracle.inputs += 1
+        machine.manager.set_execution_mode(mode)
+        machine.troubled = True
+        for _ in range(2):
+            machine.manager._driver.report(errors.CudaPoisoned(detail="an illegal memory access"))
+            machine.manager.drive_for(0.0)
+            machine.every_promise_is_kept()
+        expected = State.IDLE if mode == "idle" else State.DEGRADED
+
+        assert expected is machine.manager.get_status().state
+
+
+def test_timers_that_fire_in_the_wrong_state_change_nothing() -> None:
+    """A timer is a function of the state; one that comes late is dropped."""
+    with story() as machine:
+        engine = machine.oracle.engine
+        for trigger in ("recover", "renew", "idle_timeout"):
+            engine.fire(trigger)
+        machine.world.faults.arm("ollama.load", "before", times=None)
+        machine.troubled = True
+        machine.oracle.inputs += 1
+        machine.manager.set_execution_mode(ExecutionMode.RECORDING)
+        engine.fire("idle_timeout")
+
+        assert {"recover-dropped", "renew-dropped", "idle-degraded"} <= set(rows(machine))
+        assert State.DEGRADED is machine.manager.get_status().state
+
+
+def test_under_the_policy_refuse_a_shortage_leaves_everything_as_it_was() -> None:
+    """The figures are told, and state, hold and asked mode stay."""
+    with story(on_shortage="refuse", troubles=set()) as machine:
+        manager, world = machine.manager, machine.world
+        manager.set_execution_mode("autopilot")
+        world.card.take("game", 4000.0)
+        machine.troubled = True
+        with pytest.raises(errors.InsufficientVRAM) as refusal:
+            manager.set_execution_mode("recording")
+        status = manager.get_status()
+
+        assert "request-refused" in rows(machine)
+        assert (State.AUTOPILOT, ExecutionMode.AUTOPILOT, "gpu") == (status.state, status.asked_mode, world.clip.place)
+        assert refusal.value.free_mib == pytest.approx(world.card.free_mib)
+        assert any("game" in holder for holder in refusal.value.holders)
+
+
+def in_the_middle(machine: GPUStateMachine, op: str, phase: str, act: Callable[[], object]) -> None:
+    """Have `act` run once, at that moment of the next switch."""
+
+    def hook(running: str, when: str) -> None:
+        if (running, when) == (op, phase):
+            machine.world.on_io.remove(hook)
+            act()
+
+    machine.world.on_io.append(hook)
+
+
+@pytest.mark.parametrize("lease_ends", [True, False])
+def test_a_lease_taken_half_way_is_waited_for_and_not_for_ever(lease_ends: bool) -> None:
+    """While the VLM loads CLIP serves on the CPU; a preempting AUTOPILOT needs it on the GPU and waits for the encode."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 2
+        manager.set_execution_mode("autopilot")
+        stack = contextlib.ExitStack()
+        late: list[Any] = []
+
+        def interfere() -> None:
+            stack.enter_context(manager.clip(holder="an encode"))
+            late.append(elsewhere(lambda: manager.submit_execution_mode("autopilot", preempt=True)))
+            if lease_ends:
+                world.clock.after(3.0, stack.close)
+
+        in_the_middle(machine, "ollama.load", "during", interfere)
+        with pytest.raises(errors.Superseded):
+            manager.set_execution_mode("recording")
+        outcome = late[0].result(0)
+        assert lease_ends is outcome.granted
+        if not lease_ends:
+            assert "aborted" in rows(machine)
+            assert "lease_timeout" == outcome.reason.code
+            stack.close()
+            manager.drive_for(manager.config.recover_cap_s)
+
+        assert (State.AUTOPILOT, "gpu") == (manager.get_status().state, world.clip.place)
+
+
+def test_clip_serves_while_the_vlm_loads() -> None:
+    """A load takes seconds; the gate is shut only while CLIP itself moves."""
+    with story() as machine:
+        manager = machine.manager
+        machine.oracle.inputs += 1
+        manager.set_execution_mode("autopilot")
+        served: list[int] = []
+
+        def encode() -> None:
+            with manager.clip() as clip:
+                served.append(clip.encode(["x"]).shape[0])
+
+        in_the_middle(machine, "ollama.load", "during", encode)
+        manager.set_execution_mode("recording")
+
+        assert [1] == served
