@@ -406,8 +406,11 @@ class Scheduler:
         else:
             free = max(0.0, self.card.free_mib - self.fit_margin_mib)
             vram = min(need, free)
+            spare = self.host_mib - sum(r.size_mib - r.vram_mib for r in self._runners)
             if vram < need and num_gpu > 0:
                 fails = self._texts.oom
+            elif need - vram > spare:
+                fails = self._texts.cpu_oom.format(need / 1024, (free + spare) / 1024)
         fault = job.fault
         if fault is not None and fault.kind == "oom":
             fails = str(fault.args.get("text", self._texts.oom))
