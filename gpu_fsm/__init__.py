@@ -17,6 +17,7 @@ observer - looking: what the ports answer, and what is remembered between looks
 steps - acting: what the four steps do to the world, and how they prove it
 engine - the machine's memory: aims, tickets, reasons, timers; it carries out what the table decides
 ollama, vram, clip - the adapters to Ollama, NVML and sentence-transformers
+cardlock - one manager per card
 driver - the one writer: mailbox, threads, timers, listeners
 arguments, handles - what callers hand in; what a lease gives them
 aio - the asyncio face

@@ -91,8 +91,7 @@ class AsyncVerbs:
     async def clip(self, *, holder: str = "", timeout_s: float | None = None) -> AsyncIterator[AsyncCLIP]:
         """Lease CLIP where it is."""
         driver, timeout_s = self._driver, as_timeout(timeout_s)
-        driver.check_usable()
-        lease = await self._lease(driver.leases.ask_clip(holder or default_holder()), timeout_s, int)
+        lease = await self._lease(driver.ask_clip(holder or default_holder()), timeout_s, int)
         remember(lease)
         try:
             yield AsyncCLIP(CLIP(driver))
@@ -122,14 +121,7 @@ class AsyncVerbs:
         try:
             return await self._wait(future, timeout_s)
         except BaseException:
-            leases = self._driver.leases
-
-            def discard(late: Future[T]) -> None:
-                if not late.cancelled() and late.exception() is None:
-                    leases.release(lease_of(late.result()) or 0)
-
-            if not future.cancel():
-                future.add_done_callback(discard)
+            self._driver.abandon(future, lease_of)
             raise
 
 
@@ -175,11 +167,21 @@ class AsyncVLM:
     ) -> AsyncIterator[Completion]:
         """See `VLM.stream`; use `contextlib.aclosing` where you stop early."""
         parts = self._vlm.stream(prompt, images=images, format=format, timeout_s=timeout_s)
+        running: asyncio.Future[Completion | None] | None = None
         try:
-            while (part := await asyncio.to_thread(next, parts, None)) is not None:
+            while True:
+                running = asyncio.ensure_future(asyncio.to_thread(next, parts, None))
+                part = await asyncio.shield(running)
+                running = None
+                if part is None:
+                    return
                 yield part
         finally:
-            parts.close()  # type: ignore[attr-defined]
+            if running is None or running.done():
+                parts.close()
+            else:
+                # A thread still waits for the next part: the stream is closed as soon as it has it, and nobody waits.
+                running.add_done_callback(lambda _: parts.close())
 
 
 class AsyncCLIP:

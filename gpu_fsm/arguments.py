@@ -27,14 +27,14 @@ def as_mode(mode: object) -> ExecutionMode:
 
 
 def as_timeout(timeout_s: object) -> float | None:
-    """None (wait for ever) or a finite number of seconds, zero or more."""
+    """None (wait for ever) or a finite number of seconds, zero or more; more than a system can count is for ever."""
     if timeout_s is None:
         return None
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
         raise BadArgument(detail=f"timeout_s is {timeout_s!r}", remedy="Give seconds as a number, or None.")
-    if not math.isfinite(timeout_s) or timeout_s < 0:
+    if timeout_s < 0 or (isinstance(timeout_s, float) and not math.isfinite(timeout_s)):
         raise BadArgument(detail=f"timeout_s is {timeout_s!r}", remedy="Give a finite number >= 0, or None.")
-    return float(timeout_s)
+    return None if timeout_s > threading.TIMEOUT_MAX else float(timeout_s)
 
 
 def default_holder() -> str:

@@ -11,6 +11,7 @@ model, is undone by the next move.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
@@ -21,7 +22,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from attrs import frozen
 
@@ -57,12 +58,16 @@ ACTIVATIONS_MIB: Final = 128.0
 """Room for one batch of 32 screens in a ViT-B/32 at float32 (about 80 MiB) and cuBLAS's workspace (8 MiB)."""
 CONTEXT_MIB: Final = 400.0
 """What a process pays on the card for its first use, for life: 107 to 612 MiB were reported, more on bigger cards."""
+CONTEXT_MAX_MIB: Final = 2048.0
+"""More than any context; a neighbour took memory during the measurement."""
 UNLOADED_WEIGHTS_MIB: Final = 600.0
 """Stands for the weights until they are loaded: a CLIP ViT-B/32 at float32 has 577."""
 CPU_THREADS: Final = 4
 """Beyond this CLIP on the CPU gains little, and takes the cores of the program that it should help."""
 SAME: Final = 0.9999
 """Least cosine between an embedding before and after a move."""
+PINNED_SHARE: Final = 1 / 8
+"""Most of the machine's memory that is locked for faster moves: locked pages are lost to everybody else."""
 PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 INSTALL: Final = 'Install the extra: pip install "gpu-fsm[clip]".'
 
@@ -176,6 +181,9 @@ class _Weights:
 
         if device.type != "cuda" or self._unpin is not None:
             return
+        if self.nbytes > PINNED_SHARE * _ram_bytes():
+            log.debug("CLIP's weights stay pageable: %.0f MiB are too much to lock here", self.nbytes / MIB)
+            return
         try:
             cuda: Any = torch.cuda
             runtime = cuda.cudart()
@@ -186,6 +194,14 @@ class _Weights:
                 self._unpin = weakref.finalize(self, lambda: (runtime.cudaHostUnregister(address), master)[0])
         except Exception as error:
             log.debug("CLIP's weights stay pageable: %s", one_line(error))
+
+
+def _ram_bytes() -> int:
+    """Return the machine's memory; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def _refuse_unadoptable(model: Any) -> None:
@@ -271,6 +287,9 @@ class CLIPManager:
         self._unavailable: ClipUnavailable | None = None
         self._choice: tuple[torch.device | None, str] | None = None
         self._context_paid = False
+        self._context_mib: float | None = None
+        self.measure_free_mib: Callable[[], float | None] | None = None
+        """The driver's word on free memory, to measure what the first move leaves behind for good."""
         self._closed = False
 
     # --- where it is -------------------------------------------------------------------------------------------------
@@ -344,6 +363,34 @@ class CLIPManager:
         cached = reserved - allocated if reserved is not None and allocated is not None else 0
         return (size + max(0, cached)) / MIB
 
+    @property
+    def context_mib(self) -> float | None:
+        """What this process keeps on the card for life besides the weights, measured at the first move up.
+
+        No move gives it back, only the end of the process.  0 before the first move; None where it was not measured,
+        because the driver does not tell or a neighbour moved more at that moment.
+        """
+        return self._context_mib if self._is_context_paid() else 0.0
+
+    def card_memory(self) -> tuple[float, float, Literal["card", "process"]] | None:
+        """Total and free memory by torch, in MiB, and what they cover; None unless the context is paid already.
+
+        Never raises.  Only CUDA's figures see other processes; free memory that equals the total cannot be true with
+        a context on the card (some ROCm versions say so), and is no answer.
+        """
+        device = self._choice[0] if self._choice else None
+        if device is None or str(device) in _unusable or self._closed or not self._is_context_paid():
+            return None
+        try:
+            function = _device_function(device, "mem_get_info") or _device_function(device, "get_memory_info")
+            free, total = (int(figure) for figure in function(device)) if function is not None else (0, 0)
+        except Exception as error:
+            log.debug("torch does not tell the memory of %s: %s", device, one_line(error))
+            return None
+        if not 0 <= free < total:
+            return None
+        return total / MIB, free / MIB, "card" if device.type == "cuda" else "process"
+
     # --- moves -------------------------------------------------------------------------------------------------------
 
     def to_gpu(self) -> None:
@@ -365,10 +412,12 @@ class CLIPManager:
             if weights.uploaded and weights.devices() == {device}:
                 return
             failure: GPUFSMError | None = None
+            free_mib = None if self._is_context_paid() else self._free_mib()
             try:
                 weights.upload(device)
                 self._context_paid = True
                 self._compare_canary(device)
+                self._measure_context(device, free_mib)
             except GPUFSMError as error:
                 failure = error
                 weights.drop()
@@ -385,6 +434,20 @@ class CLIPManager:
         # Outside the handler, so that no `__context__` refers to frames that refer to the device's memory.
         if failure is not None:
             raise failure
+
+    def _free_mib(self) -> float | None:
+        return None if self.measure_free_mib is None else self.measure_free_mib()
+
+    def _measure_context(self, device: torch.device, before_mib: float | None) -> None:
+        """What went besides the allocator's own segments; after the canary, which loads kernels and workspaces."""
+        if before_mib is None:
+            return
+        after_mib, reserved = self._free_mib(), _memory(device, "memory_reserved")
+        if after_mib is None or reserved is None:
+            return
+        left = before_mib - after_mib - reserved / MIB
+        if 0.0 <= left <= CONTEXT_MAX_MIB:
+            self._context_mib = left
 
     def to_cpu(self) -> None:
         """Move down: bind the master, drop the copy, empty the cache.  Idempotent; copies nothing.
@@ -418,8 +481,17 @@ class CLIPManager:
 
     # --- encoding ----------------------------------------------------------------------------------------------------
 
-    def encode(self, items: Sequence[object], *, batch_size: int = 32, normalize: bool = True) -> Embeddings:
+    def encode(
+        self,
+        items: Sequence[object],
+        *,
+        batch_size: int = 32,
+        normalize: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Embeddings:
         """Embed images and texts, in order; from any thread.
+
+        `progress(done, total)` is called in this thread after every batch, with no lock held.
 
         An item is a text (`str`, always taken as text and never as a file or an address), or an image: a PIL image of
         any mode, a `pathlib.Path`, the bytes of an image file, or a numpy array of uint8 and shape (h, w, 3).
@@ -438,12 +510,16 @@ class CLIPManager:
             if indices and kind not in self._modalities:
                 raise BadArgument(detail=f"item {indices[0]}: this model embeds no {kind}s")
         vectors = np.empty((len(items), self._canary.shape[1]), dtype=np.float32)
+        done = 0
         for indices in (texts, images):  # one call of the model takes one kind only
             for start in range(0, len(indices), batch_size):
                 chunk = indices[start : start + batch_size]
                 batch = [_as_input(items[index], index) for index in chunk]
                 with self._lock:
                     vectors[chunk] = self._embed(batch)
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, len(items))
         return _unit(vectors) if normalize else vectors
 
     def _embed(self, batch: Sequence[object]) -> Embeddings:
@@ -900,13 +976,39 @@ def _find(name: str, *, pickles: bool) -> Path:
 
     repository = name if "/" in name else f"sentence-transformers/{name}"
     unwanted = ["*.onnx*", "*.h5", "*.msgpack", "*.ot", "openvino/*", "onnx/*", *([] if pickles else sorted(_globs()))]
+    log.info("looking for %s in the local cache and at the Hugging Face hub", one_line(repository))
     try:
-        return Path(huggingface_hub.snapshot_download(repository, ignore_patterns=unwanted))
+        return Path(
+            huggingface_hub.snapshot_download(repository, ignore_patterns=unwanted, tqdm_class=_logged_progress())
+        )
     except Exception as error:
         raise ClipUnavailable(
             detail=f"{one_line(repository)} is not on this machine and cannot be fetched: {one_line(error)}",
             remedy="Go online once, or download the model elsewhere and set clip_model to its folder.",
         ) from error
+
+
+def _logged_progress() -> Any:
+    """A progress bar for the hub's downloads that writes log records: a library leaves the terminal alone."""
+    tqdm: Any = importlib.import_module("tqdm.auto").tqdm
+
+    class Logged(tqdm):  # type: ignore[misc]
+        told = 0
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)  # of the hub's own class
+            # Not `disable`: a disabled bar does not count.
+            super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown: bool | None = super().update(n)
+            tenth = int(10 * self.n / self.total) if self.total else 0
+            if self.unit == "B" and tenth > self.told:
+                self.told = tenth
+                log.info("CLIP's weights: %d %% of %.0f MiB fetched", 10 * tenth, self.total / MIB)
+            return shown
+
+    return Logged
 
 
 def _globs() -> set[str]:

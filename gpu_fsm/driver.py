@@ -19,6 +19,7 @@ from typing import TypeVar
 import attrs
 
 from gpu_fsm import errors
+from gpu_fsm.cardlock import CardLock
 from gpu_fsm.engine import Engine
 from gpu_fsm.events import Event
 from gpu_fsm.leases import LeaseBook, held_here
@@ -26,7 +27,7 @@ from gpu_fsm.ports import CLIPHost, Clock, VLMServer, VRAMProbe
 from gpu_fsm.settings import GPUResourceConfig
 from gpu_fsm.states import STEPS
 from gpu_fsm.status import ClipPlace, ExecutionMode, GPUResourceStatus
-from gpu_fsm.tickets import Group, Kind, Mailbox, Ticket
+from gpu_fsm.tickets import Group, Kind, Mailbox, Outcome, Ticket
 
 log = logging.getLogger("gpu_fsm")
 
@@ -50,9 +51,12 @@ class Driver:
         probe: VRAMProbe,
         clock: Clock,
         threaded: bool,
+        card_lock: CardLock | None = None,
     ) -> None:
+        """`card_lock` None: nobody else can be on this card (a simulated one)."""
         self.config, self.server, self.clip, self.probe, self.clock = config, server, clip, probe, clock
         self.threaded = threaded
+        self.card_lock = card_lock
         self.pid = os.getpid()
         self.mailbox = Mailbox()
         self._wake = threading.Condition()
@@ -63,7 +67,7 @@ class Driver:
         self._events: queue.Queue[Event | None] = queue.Queue(maxsize=BACKLOG)
         self._reports: list[errors.GPUFSMError] = []
         self._post_lock = threading.Lock()
-        self._closing: Future[object] | None = None
+        self._closing: Ticket | None = None
         self.closed = False
         self._drive_lock = threading.Lock()
         self._driving: int | None = None
@@ -98,8 +102,11 @@ class Driver:
         preempt: bool = False,
         lease_for: str | None = None,
     ) -> Ticket:
-        """Put a request into the mailbox."""
-        self.check_usable(closing=kind == "close")
+        """Put a request into the mailbox.  Raises `CardHeld` where another manager acts on the card."""
+        self.check_usable()
+        # The one place for it: without a ticket a manager in IDLE takes, moves and unloads nothing.
+        if self.card_lock is not None and kind != "close":
+            self.card_lock.permit()
         ticket = Ticket(
             kind=kind,
             mode=mode,
@@ -109,21 +116,46 @@ class Driver:
             holds=held_here(),
             posted_at=self.clock.monotonic(),
         )
-        displaced = self.mailbox.post(ticket)
-        for other in displaced:
-            other.refuse(errors.displaced_by(kind))
-        if preempt:
-            self.engine.interrupt(ticket)
-        self.notify()
+        self._enqueue(ticket)
         return ticket
 
-    def post_close(self) -> Future[object]:
+    def _enqueue(self, ticket: Ticket) -> None:
+        for displaced in self.mailbox.post(ticket):
+            displaced.refuse(errors.displaced_by("close" if self.mailbox.closed else ticket.kind))
+        if ticket.preempt:
+            self.engine.interrupt(ticket)
+        self.notify()
+
+    def post_close(self) -> Future[Outcome]:
         """Ask for the end, once; everybody who asks gets the same future."""
         with self._post_lock:
+            first = self._closing is None
             if self._closing is None:
-                self._closing = self.post("close", preempt=True).future  # type: ignore[assignment]
-            assert self._closing is not None
-            return self._closing
+                now = self.clock.monotonic()
+                self._closing = Ticket(kind="close", preempt=True, holds=held_here(), posted_at=now)
+            ticket = self._closing
+        if first:
+            self._enqueue(ticket)  # under no lock of ours: it runs the callbacks of those it displaces
+        return ticket.future
+
+    def ask_clip(self, holder: str) -> Future[int]:
+        """A CLIP lease, as soon as the gate is open."""
+        self.check_usable()
+        if self.clip.place == "none":
+            raise errors.ClipUnavailable(
+                detail=self.clip.gpu_unusable_reason or "no CLIP is managed", remedy="Set clip_model."
+            )
+        return self.leases.ask_clip(holder)
+
+    def abandon(self, future: Future[T], lease_of: Callable[[T], int | None]) -> None:
+        """Nobody waits for this lease any more: if it comes all the same, it goes back."""
+
+        def give_back(late: Future[T]) -> None:
+            if not late.cancelled() and late.exception() is None:
+                self.leases.release(lease_of(late.result()) or 0)
+
+        if not future.cancel():
+            future.add_done_callback(give_back)
 
     def report(self, error: errors.GPUFSMError) -> None:
         """Somebody met an error while using a model: look at once, and take the loss of the GPU at its word."""
@@ -137,14 +169,14 @@ class Driver:
         with self._wake:
             self._wake.notify_all()
 
-    def check_usable(self, *, closing: bool = False) -> None:
+    def check_usable(self) -> None:
         """Raise where this manager cannot serve any more."""
         if os.getpid() != self.pid:
             raise errors.ForkedProcess(
                 detail="this manager belongs to the parent process",
                 remedy="Make a new one after the fork, or use GPUResourceManager.shared() in the child.",
             )
-        if self.closed or (self._closing is not None and not closing):
+        if self.closed or self._closing is not None:
             raise errors.ManagerClosed(detail="the manager is closed", remedy="Make a new one.")
 
     # --- waiting ---
@@ -220,36 +252,31 @@ class Driver:
             return True
         if engine.waiting and self.mailbox.head_preempts():
             self._refuse(engine.drop_waiting())
-        if engine.waiting:
-            if engine.waiting_is_due():
-                engine.deliver(engine.waiting)
-                return self._after()
-        else:
-            group = self.mailbox.take()
-            if group:
-                engine.deliver(group)
-                return self._after()
+        if engine.waiting_is_due():
+            engine.deliver(engine.waiting)
+            return self._after()
+        group = self.mailbox.take_of_a_holder() if engine.waiting else self.mailbox.take()
+        if group:
+            engine.deliver(group)
+            return self._after()
         now = self.clock.monotonic()
         due = [(at, name) for name, at in engine.timers().items() if at <= now and name != "drain"]
         if due:
             engine.fire_timer(min(due)[1])
+            if self.card_lock is not None:
+                self.card_lock.watch(self._status.vram.device_uuid)
             return self._after()
         return False
 
     def _after(self) -> bool:
         """Close for good once the close ticket has been answered."""
-        closing = self._closing
-        if closing is not None and closing.done() and not self.closed:
+        if self._closing is not None and self._closing.future.done() and not self.closed:
             self.closed = True
-            closed = errors.ManagerClosed(detail="the manager is closed")
-            for ticket in (*self.mailbox.clear(), *self.engine.drop_waiting()):
-                ticket.refuse(closed)
-            self.leases.vlm_ready(float("-inf"))
-            self.leases.fail_waiters(closed)
+            self.leases.close(errors.ManagerClosed(detail="the manager is closed"))
         return True
 
     def _refuse(self, group: Group) -> None:
-        error = errors.displaced_by("close" if self._closing is not None else "request")
+        error = errors.displaced_by("close" if self.mailbox.closed else "request")
         for ticket in group:
             ticket.refuse(error)
 
@@ -261,7 +288,7 @@ class Driver:
     def _has_work(self) -> bool:
         if self._reports or self.engine.waiting_is_due():
             return True
-        if len(self.mailbox) and (not self.engine.waiting or self.mailbox.head_preempts()):
+        if len(self.mailbox) and (not self.engine.waiting or self.mailbox.head_preempts() or self.mailbox.has_a_holder):
             return True
         due = self._due()
         return due is not None and due <= self.clock.monotonic()
@@ -291,6 +318,7 @@ class Driver:
             now_at=self.clock.monotonic(),
             closed=self.closed,
             listener_errors=self._listener_errors,
+            card_held_by=self.card_lock.held_by if self.card_lock is not None else "",
         )
 
     def tell(self, event: Event) -> None:

@@ -193,7 +193,6 @@ class Engine:
                 ticket.refuse(self._failure or errors.InternalError(detail=f"{ticket.asked} ended without an answer"))
         self._failure = None
         self._leases.open(self._waiting_models if self.waiting else ())
-        self._lease_version = self._leases.version
         self.publish()
 
     def fault(self, failure: GPUFSMError) -> None:
@@ -224,12 +223,16 @@ class Engine:
         ticket: Ticket | None = facts.get("ticket")
         if trigger not in ("fault", "shed"):
             wants_vlm = trigger == "vlm_wanted" or (ticket is not None and ticket.wants_vlm)
-            self._observer.look(catalog=wants_vlm or self.state is State.DEGRADED)
+            quiet = trigger == "check" and self.state in STABLE
+            self._observer.look(catalog=wants_vlm or self.state is State.DEGRADED, quiet=quiet, patient=ticket is not None)
         snapshot = self._snapshot_of(trigger, ticket)
         if isinstance(guards.why_not(snapshot), errors.InsufficientVRAM):
             snapshot = attrs.evolve(snapshot, seen=self._observer.look_at_holders())
         if self.state in STABLE and trigger not in ("fault", "shed"):
-            # Counting leases and closing the gate is one step; `_finish_event` opens it again.
+            # Counting leases and closing the gate is one step; `_finish_event` opens it again.  What ends after this
+            # moment was not counted here, so it has to wake who waits.
+            if ticket is not None:
+                self._lease_version = self._leases.version
             closed = self._waiting_models if self.waiting else frozenset()
             holders = self._leases.drain(snapshot.models_to_move | closed)
             mine = ticket.holds if ticket else frozenset()
@@ -262,6 +265,7 @@ class Engine:
             # Recovery by itself heeds the last failure; a person who asks again gets a try.
             vlm_needed_mib=self._observer.vlm_needed_mib(after_failure=ticket is None and self.state is State.DEGRADED),
             reserve_mib=config.reserve_mib,
+            returning_mib=self._steps.returning_mib(self._observer.seen.vram),
             floor_mib=config.floor_mib,
             accept_partial=config.on_partial_offload == "accept",
             on_our_card=self._server.on_our_card,
@@ -374,6 +378,8 @@ class Engine:
         for ticket in self._serving:
             if ticket.waiting_since is None:
                 ticket.waiting_since = now
+        if self.waiting:
+            self._mailbox.put_back(self.waiting)  # somebody it waits for has to wait, too: that one first
         self.waiting = self._serving
         self._waiting_models = s.models_to_move
 
@@ -720,7 +726,7 @@ class Engine:
 
     def _proof(self) -> str:
         if not self._server.on_our_card:
-            return "Ollama runs on another machine: proof rests on /api/ps alone"
+            return "Ollama runs on another machine or card: proof rests on /api/ps alone"
         if not self._observer.seen.vram.present:
             return "no GPU: proof rests on /api/ps alone"
         if self._observer.seen.vram.free_mib is None:
@@ -785,8 +791,8 @@ class Engine:
         try:
             if state is State.LOADING:
                 return self._steps.load(self._current())
-            if self._steps.prove_cut_off():
-                self._observer.look()
+            if self._steps.prove_cut_off() or self._snapshot.trigger == "fault":
+                self._observer.look()  # whatever failed may have happened all the same
             models = self._current().models_to_move
             if not self._leases.claim(models) and not self._drain(models):
                 return "aborted"
@@ -830,6 +836,7 @@ class Engine:
     def _on_degraded(self) -> None:
         self._idle_since = None
         self._steps.released = False
+        unproven, self._steps.unproven = self._steps.unproven, None
         for ticket in self._serving:
             match ticket.kind:
                 case "request" | "close":
@@ -842,6 +849,8 @@ class Engine:
                             leftovers=self._leftovers,
                         )
                     )
+                case "vlm_unwanted" if unproven is not None:
+                    ticket.refuse(unproven)
                 case "vlm_unwanted" if self._observer.seen.residency.answer is Answer.NO:
                     ticket.grant(Outcome(asked=ticket.asked, state=self.state))
                 case "vlm_unwanted":

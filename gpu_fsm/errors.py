@@ -165,6 +165,19 @@ class InsufficientVRAM(Refused):
 
 
 @define(kw_only=True, eq=False, slots=False)
+class CardHeld(Refused):
+    """Another manager, of process `pid`, acts on this card; this one only observes."""
+
+    code: ClassVar[str] = "card_held"
+    retryable: ClassVar[bool] = True
+    bucket: ClassVar[Bucket] = "retry"
+
+    pid: int | None = None
+    name: str = ""
+    device_uuid: str = ""
+
+
+@define(kw_only=True, eq=False, slots=False)
 class DegradedError(Refused):
     """The manager is DEGRADED; `reason_code` says why, recovery has been pulled forward."""
 

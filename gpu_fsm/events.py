@@ -108,6 +108,18 @@ class ForeignEvicted(Event):
     models: tuple[str, ...]
 
 
+@frozen(kw_only=True)
+class ForeignConsumer(Event):
+    """Somebody else took at least `resource_event_mib` of the card while nothing of ours moved."""
+
+    kind: ClassVar[str] = "foreign_consumer"
+
+    taken_mib: float
+    free_mib: float
+    holders: tuple[str, ...] = ()
+    """Processes other than this one that hold memory, largest first, where the driver tells."""
+
+
 KINDS: tuple[type[Event], ...] = (
     ModeChanged,
     StateChanged,
@@ -117,5 +129,6 @@ KINDS: tuple[type[Event], ...] = (
     Recovered,
     VLMLost,
     ForeignEvicted,
+    ForeignConsumer,
 )
 """Every event there is."""

@@ -93,6 +93,8 @@ class Snapshot:
 
     vlm_needed_mib: float = 0.0
     reserve_mib: float = 0.0
+    returning_mib: float = 0.0
+    """Given back a moment ago, and still counted by the driver."""
     floor_mib: float = 0.0
     accept_partial: bool = False
     on_our_card: bool = True
@@ -168,9 +170,9 @@ class Snapshot:
 
     @property
     def reclaimable_mib(self) -> float:
-        """What the aim gives back first."""
+        """What the aim gives back first, and what is on its way back already."""
         vlm = self.vlm_held_mib if self.vlm_surplus else 0.0
-        return vlm + (self.seen.clip_held_mib if self.clip_surplus else 0.0)
+        return vlm + (self.seen.clip_held_mib if self.clip_surplus else 0.0) + self.returning_mib
 
     @property
     def models_to_move(self) -> frozenset[str]:
@@ -304,7 +306,7 @@ def unknown_too_long(s: Snapshot) -> bool:
 def below_floor(s: Snapshot) -> bool:
     """The card's free memory is under the floor."""
     free = s.seen.vram.free_mib
-    return s.on_our_card and free is not None and free < s.floor_mib
+    return s.on_our_card and free is not None and free < s.floor_mib and s.seen.vram.scope != "assumed"
 
 
 def hold_lapsed(s: Snapshot) -> bool:
@@ -440,7 +442,9 @@ def target(mode: ExecutionMode, hold: Hold | None, s: Snapshot) -> Plan:
             return Plan(clip=best, vlm=False)
         case _ if hold is Hold.WANTED:
             # IDLE moves CLIP only out of the VLM's way, never up: nobody asked for it there.
-            return Plan(clip=s.seen.clip if s.clip_managed and s.seen.clip != "none" and _both_fit(s) else cpu, vlm=True)
+            return Plan(
+                clip=s.seen.clip if s.clip_managed and s.seen.clip != "none" and _both_fit(s) else cpu, vlm=True
+            )
         case _ if hold is Hold.PARKED:
             return Plan(vlm=False)
         case _:
@@ -478,6 +482,8 @@ def why_not(s: Snapshot) -> GPUFSMError | None:
         if seen.vram.lost:
             return GpuLost(detail=seen.vram.detail or "the GPU has gone", remedy="Restart the agent once it is back.")
         reason = seen.gpu_unusable_reason or "this process has no usable GPU"
+        if not seen.gpu_expected:
+            return ClipUnavailable(detail=f"CLIP cannot go to a GPU: {reason}", remedy="It serves on the CPU.")
         return CudaPoisoned(detail=reason, remedy="Restart the agent process to use the GPU again.")
     if wants_load and seen.residency.refused:
         return OllamaUnavailable(detail=seen.residency.detail or "Ollama refuses connections", remedy=START_OLLAMA)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpu_fsm import errors
@@ -46,7 +46,7 @@ class VLM:
         images: Sequence[object] = (),
         format: Mapping[str, Any] | str | None = None,  # noqa: A002 - Ollama's word
         timeout_s: float | None = None,
-    ) -> Iterator[Completion]:
+    ) -> Generator[Completion, None, None]:
         """The same in parts; the last has `done=True`.  Close the iterator to stop early."""
         server = self._driver.server
         return self._run(server.generate, prompt, images=images, format=format, timeout_s=timeout_s, stream=True)
@@ -68,7 +68,7 @@ class VLM:
         *,
         timeout_s: float | None,
         **options: Any,
-    ) -> Iterator[Completion]:
+    ) -> Generator[Completion, None, None]:
         driver, engine = self._driver, self._driver.engine
         if driver.leases.is_lost(self._lease):
             raise errors.LeaseLost(
@@ -110,10 +110,22 @@ class CLIP:
         """Where it is: `cpu`, `cuda:0`, `sim:0`."""
         return self._driver.clip.device
 
-    def encode(self, items: Sequence[object], *, batch_size: int = 32, normalize: bool = True) -> Embeddings:
-        """Embed images and texts in order.  Returns float32 of shape (n, d), unit vectors with `normalize`."""
+    def encode(
+        self,
+        items: Sequence[object],
+        *,
+        batch_size: int = 32,
+        normalize: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Embeddings:
+        """Embed images and texts in order.  Returns float32 of shape (n, d), unit vectors with `normalize`.
+
+        `progress(done, total)` is called after every batch, where the host can tell.
+        """
+        told = {} if progress is None else {"progress": progress}
+        encode: Callable[..., Embeddings] = self._driver.clip.encode
         try:
-            return self._driver.clip.encode(items, batch_size=batch_size, normalize=normalize)
+            return encode(items, batch_size=batch_size, normalize=normalize, **told)
         except errors.GPUFSMError as error:
             self._driver.report(error)
             raise

@@ -168,9 +168,10 @@ class LeaseBook:
         """The VLM was seen resident; leases need no ticket until then (`-inf`: not ready)."""
         self._vlm_ready_until = until
 
-    def fail_waiters(self, error: Exception) -> None:
-        """The manager closed."""
+    def close(self, error: Exception) -> None:
+        """The manager closed: no fast path any more, and `error` for those who wait."""
         with self._lock:
+            self._vlm_ready_until = float("-inf")
             waiters, self._waiters = self._waiters, deque()
         for waiter in waiters:
             if waiter.future.set_running_or_notify_cancel():

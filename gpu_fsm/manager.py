@@ -5,19 +5,20 @@ Blocking methods are here, the same verbs for asyncio under `manager.aio`.  See 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 from gpu_fsm import errors
 from gpu_fsm.aio import AsyncVerbs
 from gpu_fsm.arguments import as_mode, as_timeout, default_holder
+from gpu_fsm.cardlock import CardLock
 from gpu_fsm.driver import Driver, Listener
 from gpu_fsm.engine import JournalRecord
 from gpu_fsm.events import KINDS, Event
@@ -28,7 +29,12 @@ from gpu_fsm.settings import GPUResourceConfig, load_config
 from gpu_fsm.status import ClipPlace, ExecutionMode, GPUResourceStatus
 from gpu_fsm.tickets import Outcome
 
-_open: weakref.WeakSet[GPUResourceManager] = weakref.WeakSet()
+
+class _Anchor:
+    """Lives as long as the interpreter; the exit handlers of open managers hang on it."""
+
+
+_ANCHOR = _Anchor()
 
 CLOSE_MARGIN_S = 5.0
 """Beyond all of a close's own deadlines; a close that takes longer is a defect, and the process must still end."""
@@ -43,6 +49,7 @@ class GPUResourceManager:
 
     _shared: ClassVar[GPUResourceManager | None] = None
     _shared_lock: ClassVar[threading.Lock] = threading.Lock()
+    _cuda_in_parent: ClassVar[bool] = False
     _cuda_before_fork: ClassVar[bool] = False
 
     def __init__(
@@ -68,12 +75,26 @@ class GPUResourceManager:
             vram_probe.prepare()  # more than one card and no choice is for the user to settle, now
         if clip_host is None:
             clip_host = _real_clip(config)
+        card_lock = None
+        if not vram_probe.simulated:
+            _introduce(clip_host, vram_probe)
+            card_lock = CardLock()
+            card_lock.watch(vram_probe.read(config.observe_timeout_s).device_uuid)
         self.config = config
         self._driver = Driver(
-            config, server=vlm_server, clip=clip_host, probe=vram_probe, clock=clock, threaded=threaded
+            config,
+            server=vlm_server,
+            clip=clip_host,
+            probe=vram_probe,
+            clock=clock,
+            threaded=threaded,
+            card_lock=card_lock,
         )
         self._aio: AsyncVerbs | None = None
-        _open.add(self)
+        self._ports_closed = False
+        # Finalizers run newest first: ours before those of the adapters, which the close still needs.  It refers to this
+        # manager strongly, since one that was dropped without closing still drives.
+        self._at_exit = weakref.finalize(_ANCHOR, _close_at_exit, self)
 
     # --- modes ---
 
@@ -86,7 +107,8 @@ class GPUResourceManager:
         `reason` says why.  `preempt` supersedes everything asked before.  Raises `Superseded`, `LeaseTimeout`,
         `LeaseHeld`, `InsufficientVRAM` (with `on_shortage = refuse`), `ManagerClosed`, `OperationTimeout`.
         """
-        return self._wait(self.submit_execution_mode(mode, preempt=preempt), timeout_s)
+        timeout_s = as_timeout(timeout_s)
+        return self._driver.wait(self.submit_execution_mode(mode, preempt=preempt), timeout_s)
 
     def submit_execution_mode(self, mode: ExecutionMode | str, *, preempt: bool = False) -> Future[Outcome]:
         """The same without waiting: returns a future at once."""
@@ -138,10 +160,7 @@ class GPUResourceManager:
     def clip(self, *, holder: str = "", timeout_s: float | None = None) -> Iterator[CLIP]:
         """Lease CLIP where it is.  It is not moved while the block runs."""
         driver, timeout_s = self._driver, as_timeout(timeout_s)
-        driver.check_usable()
-        if driver.clip.place == "none":
-            raise errors.ClipUnavailable(detail="no CLIP is managed", remedy="Set clip_model.")
-        lease = self._lease(driver.leases.ask_clip(holder or default_holder()), timeout_s, int)
+        lease = self._lease(driver.ask_clip(holder or default_holder()), timeout_s, int)
         remember(lease)
         try:
             yield CLIP(driver)
@@ -176,7 +195,7 @@ class GPUResourceManager:
         Listeners run on a thread of their own.  One that raises or is slow harms nobody: it is logged and counted.
         """
         known = {kind.kind for kind in KINDS}
-        wanted = frozenset(kind if isinstance(kind, str) else kind.kind for kind in kinds)
+        wanted = frozenset(kind if isinstance(kind, str) else getattr(kind, "kind", repr(kind)) for kind in kinds)
         if not wanted <= known:
             unknown = ", ".join(sorted(wanted - known))
             raise errors.BadArgument(detail=f"unknown event {unknown}", remedy=f"Use {', '.join(sorted(known))}.")
@@ -200,20 +219,23 @@ class GPUResourceManager:
         """
         timeout_s = as_timeout(timeout_s)
         driver = self._driver
-        if driver.closed or os.getpid() != driver.pid:
-            _open.discard(self)
+        if os.getpid() != driver.pid:
             return ()
         config = driver.config
         bound = config.drain_timeout_s + config.unload_deadline_s * 2 + config.shed_deadline_s + config.settle_timeout_s
         limit = bound + config.vlm_load_deadline_s + CLOSE_MARGIN_S if timeout_s is None else timeout_s
-        outcome = cast(Outcome, driver.wait(driver.post_close(), limit))
+        outcome = driver.wait(driver.post_close(), limit)
         driver.join(CLOSE_MARGIN_S)
-        for port in (driver.server, driver.clip, driver.probe):
-            port.close()
-        _open.discard(self)
+        self._at_exit.detach()
         with GPUResourceManager._shared_lock:
+            first, self._ports_closed = not self._ports_closed, True
             if GPUResourceManager._shared is self:
                 GPUResourceManager._shared = None
+        if first:
+            for port in (driver.server, driver.clip, driver.probe):
+                port.close()
+            if driver.card_lock is not None:
+                driver.card_lock.close()  # last: the next manager finds the card as we leave it
         return outcome.leftovers
 
     def __enter__(self) -> Self:
@@ -260,22 +282,18 @@ class GPUResourceManager:
 
     def _ask(self, kind: Any, timeout_s: float | None) -> None:
         timeout_s = as_timeout(timeout_s)
-        self._wait(self._driver.post(kind).future, timeout_s)
+        self._driver.wait(self._driver.post(kind).future, timeout_s)
 
     def _migrate(self, place: ClipPlace, timeout_s: float | None) -> None:
         timeout_s = as_timeout(timeout_s)
-        self._wait(self._driver.post("migrate_clip", place=place).future, timeout_s)
-
-    def _wait(self, future: Future[Outcome], timeout_s: float | None) -> Outcome:
-        return self._driver.wait(future, as_timeout(timeout_s))
+        self._driver.wait(self._driver.post("migrate_clip", place=place).future, timeout_s)
 
     def _lease(self, future: Future[Any], timeout_s: float | None, lease_of: Callable[[Any], int]) -> int:
         """Wait for a lease; one that is granted after we gave up is given back."""
         try:
             return lease_of(self._driver.wait(future, timeout_s))
         except BaseException:
-            if not future.cancel() and future.done() and future.exception() is None:
-                self._driver.leases.release(lease_of(future.result()))
+            self._driver.abandon(future, lease_of)
             raise
 
     def __repr__(self) -> str:
@@ -294,27 +312,36 @@ def _real_clip(config: GPUResourceConfig) -> CLIPHost:
     return CLIPManager(config)
 
 
-def _close_all() -> None:
+def _introduce(clip: CLIPHost, probe: VRAMProbe) -> None:
+    """Let the two real adapters help each other.
+
+    A context that CLIP pays for can tell the card's memory, and the driver can tell what that context took.
+    """
+    from gpu_fsm.clip import CLIPManager
+    from gpu_fsm.vram import VRAMMonitor
+
+    if isinstance(clip, CLIPManager) and isinstance(probe, VRAMMonitor):
+        probe.process_view, clip.measure_free_mib = clip.card_memory, probe.free_mib
+
+
+def _close_at_exit(manager: GPUResourceManager) -> None:
     """Nothing of ours stays on the card because the interpreter ends."""
-    for manager in list(_open):
-        with contextlib.suppress(Exception):
-            manager.close()
+    with contextlib.suppress(Exception):
+        manager.close()
 
 
-def _before_fork() -> None:
-    import sys
-
-    torch = sys.modules.get("torch")
-    cuda = getattr(torch, "cuda", None)
-    GPUResourceManager._cuda_before_fork = bool(cuda is not None and cuda.is_initialized())
+def _note_cuda() -> None:
+    """Before a fork: whether the child would inherit an initialised CUDA, which does not survive that."""
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    GPUResourceManager._cuda_in_parent = bool(cuda is not None and cuda.is_initialized())
 
 
-def _after_fork_in_child() -> None:
+def _start_anew() -> None:
+    """In a forked child: nothing of the parent's is ours."""
     GPUResourceManager._shared = None
     GPUResourceManager._shared_lock = threading.Lock()
-    _open.clear()
+    GPUResourceManager._cuda_before_fork = GPUResourceManager._cuda_in_parent
 
 
-atexit.register(_close_all)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_note_cuda, after_in_child=_start_anew)

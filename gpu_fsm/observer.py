@@ -5,11 +5,12 @@ Never raises and decides nothing; a question that was not answered stays unknown
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import attrs
 
-from gpu_fsm.events import Event, ResourceChanged
+from gpu_fsm.events import Event, ForeignConsumer, ResourceChanged
 from gpu_fsm.guards import PROOF, Observation
 from gpu_fsm.ports import CLIPHost, Clock, VLMServer, VRAMProbe
 from gpu_fsm.settings import GPUResourceConfig
@@ -47,15 +48,22 @@ class Observer:
         self._raised: tuple[float, float] | None = None  # (needed MiB, until)
         self._told_free_mib: float | None = None
         self._gpu_expected = False
+        self._quiet: tuple[bool, str, float] | None = None  # (VLM in, CLIP's place, free MiB) of the last quiet look
         self._unknown_since: float | None = None
         self._below_since: float | None = None
 
-    def look(self, *, catalog: bool = False) -> Observation:
-        """Ask all three ports; with `catalog` also whether the server has an absent model on disk."""
+    def look(self, *, catalog: bool = False, quiet: bool = False, patient: bool = False) -> Observation:
+        """Ask all three ports; with `catalog` also whether the server has an absent model on disk.
+
+        `quiet`: nothing of ours has moved since the last look, unless what is seen says so.  `patient`: somebody waits,
+        and one busy answer is no reason to refuse, so Ollama is asked again for `observe_timeout_s`.
+        """
         timeout_s = self._config.observe_timeout_s
+        residency = self._residency(patient=patient)
         vram = self._probe.read(timeout_s)
-        residency = self._server.residency(timeout_s)
         clip_needed = self._clip.needed_mib
+        if vram.scope == "assumed":
+            vram = self._assumed(vram, residency)
         if residency.refused and self._server.on_our_card:
             residency = self._silence(residency, vram, clip_needed)
         if catalog and residency.answer is Answer.NO and not residency.refused:
@@ -76,13 +84,55 @@ class Observer:
             at=self._clock.monotonic(),
         )
         self._remember(self.seen)
+        self._watch_others(self.seen, quiet=quiet)
         return self.seen
+
+    def _residency(self, *, patient: bool) -> Residency:
+        deadline = self._clock.monotonic() + self._config.observe_timeout_s
+        residency = self._server.residency(self._config.observe_timeout_s)
+        while patient and residency.answer is Answer.UNKNOWN and not residency.refused:
+            left = deadline - self._clock.monotonic()
+            if left <= self._config.settle_poll_s:
+                break
+            self._clock.sleep(self._config.settle_poll_s)
+            residency = self._server.residency(left)
+        return residency
 
     def look_at_holders(self) -> Observation:
         """Add who holds memory to the last look: only for a refusal, since the driver needs milliseconds for it."""
         holders = self._probe.holders()
         self.seen = attrs.evolve(self.seen, foreign_holders=tuple(str(holder) for holder in holders or ()))
         return self.seen
+
+    def _assumed(self, vram: VRAMInfo, residency: Residency) -> VRAMInfo:
+        """Count down the assumed size by what is known to lie on the card: good to admit by, and no proof."""
+        if vram.total_mib is None or residency.answer is Answer.UNKNOWN:
+            return vram
+        resident = (residency.ours, *residency.others) if self._server.on_our_card else ()
+        held = sum(model.size_vram_mib for model in resident if model is not None) + self._clip.held_mib
+        return attrs.evolve(vram, free_mib=max(0.0, vram.total_mib - held))
+
+    def _watch_others(self, seen: Observation, *, quiet: bool) -> None:
+        """Tell of memory that went while both of our models stayed where they were."""
+        free = seen.vram.free_mib
+        if free is None or seen.vram.scope != "card":
+            self._quiet = None
+            return
+        last, now = self._quiet, (seen.residency.answer is Answer.YES, seen.clip, free)
+        if not quiet or last is None or last[:2] != now[:2] or free > last[2]:
+            self._quiet = now
+            return
+        if last[2] - free < self._config.resource_event_mib:
+            return
+        self._quiet = now
+        holders = self._probe.holders()
+        # Our own VLM may grow in use.  Where another client's model is in too, Ollama's growth may be its.
+        known = {os.getpid(), *(ollama_pids(holders or ()) if now[0] and not seen.residency.others else ())}
+        others = None if holders is None else [holder for holder in holders if holder.pid not in known]
+        if others == []:
+            return  # the driver lists everybody, and there is nobody else
+        told = tuple(str(holder) for holder in others or ())
+        self._tell(ForeignConsumer(at=seen.at, taken_mib=last[2] - free, free_mib=free, holders=told))
 
     def _silence(self, residency: Residency, vram: VRAMInfo, clip_needed: float) -> Residency:
         """What a refused connection on this machine proves.
@@ -105,7 +155,8 @@ class Observer:
             self._unknown_since = now if self._unknown_since is None else self._unknown_since
         else:
             self._unknown_since = None
-        if free is not None and self._server.on_our_card and free < self._config.floor_mib:
+        assumed = seen.vram.scope == "assumed"
+        if free is not None and self._server.on_our_card and free < self._config.floor_mib and not assumed:
             self._below_since = now if self._below_since is None else self._below_since
         else:
             self._below_since = None
@@ -113,7 +164,7 @@ class Observer:
             self.vlm_ours, self.evidence = False, "none"
         elif seen.residency.answer is Answer.YES and self.evidence == "none":
             self.evidence = "reported"
-        if free is not None:
+        if free is not None and not assumed:
             told = self._told_free_mib
             if told is None:
                 self._told_free_mib = free

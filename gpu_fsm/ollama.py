@@ -171,11 +171,19 @@ class _Endpoint:
         """Take our credentials out of a foreign exception and all that hang on it, where a server has said them."""
         if not self._secrets:
             return
-        for cause in _causes(problem):
+        waiting: list[BaseException | None] = [problem]
+        met: set[int] = set()
+        while waiting:
+            cause = waiting.pop()
+            if cause is None or id(cause) in met:
+                continue
+            met.add(id(cause))
+            waiting += [cause.__cause__, cause.__context__, *_causes(cause)]
             cause.args = tuple(self.hide(arg) if isinstance(arg, str) else arg for arg in cause.args)
             for name, value in vars(cause).items():
-                if isinstance(value, str):
-                    setattr(cause, name, self.hide(value))
+                if isinstance(value, str | bytes):
+                    text = value if isinstance(value, str) else value.decode("latin-1")
+                    setattr(cause, name, self.hide(text))
 
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> requests.PreparedRequest:
         """Prepare a request without a session: no cookies, no netrc, no environment."""
@@ -260,6 +268,13 @@ class SocketTransport(HTTPAdapter):
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
         pool.ConnectionCls = partial(_HTTPS if pool.scheme == "https" else _HTTP, self)
         return pool
+
+    def build_response(self, req: requests.PreparedRequest, resp: Any) -> requests.Response:
+        """As the base class, which up to requests 2.33 trips over `charset` without a value in the Content-Type."""
+        try:
+            return super().build_response(req, resp)
+        except AttributeError as problem:
+            raise requests.exceptions.InvalidHeader("the Content-Type cannot be read") from problem
 
     def abort(self) -> None:
         """End what is in flight; see `Transport`."""
@@ -400,6 +415,12 @@ class _Answer(http.client.HTTPResponse):
         super().__init__(sock, *args, **kwargs)
         self.fp.close()
         self.fp = io.BufferedReader(_Metered(sock.makefile("rb", buffering=0), limit))
+
+    def begin(self) -> None:
+        super().begin()
+        if self.msg.defects or self.msg.get_payload():
+            # `urllib3` would go on, and write into the log what it could not read: perhaps our password, said back.
+            raise http.client.HTTPException("the head of the answer is broken")
 
 
 class _Owned(HTTPConnection):
@@ -585,7 +606,7 @@ class OllamaManager:
         self._make_transport = transport
         self._jitter = jitter
         self._endpoint = _Endpoint(config.ollama_url)
-        self.on_our_card: bool = self._endpoint.on_this_machine
+        self.on_our_card: bool = self._endpoint.on_this_machine and config.ollama_card == "same"
         self.simulated: bool = transport().simulated
         self._retries = config.vlm_load_retries
         self._retry_base_s = config.retry_base_s
@@ -605,10 +626,11 @@ class OllamaManager:
         except (TypeError, ValueError, RecursionError) as problem:
             raise ConfigError(name="vlm_options", detail=f"not plain JSON: {one_line(problem)}") from None
         # On loopback the environment's proxies would send screenshots away and back, or nowhere.
-        self._proxies: dict[str, str] = {} if self.on_our_card else get_environ_proxies(self.url)
+        self._proxies: dict[str, str] = {} if self._endpoint.on_this_machine else get_environ_proxies(self.url)
         self._verify: bool | str = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         self._gets = {path: self._endpoint.request("GET", path) for path in ("/api/ps", "/api/tags", "/api/version")}
         self._digest = ""
+        self._sight_of: tuple[str, Answer] = ("", Answer.UNKNOWN)
         self._digest_asked_at: float | None = None
         self._lock = threading.Lock()
         self._in_flight: set[Transport] = set()
@@ -634,6 +656,8 @@ class OllamaManager:
                 # Listed under another tag of the same blob?  Only the digest can tell.
                 self._learn_digest(deadline)
                 ours = self._ours(listed)
+            if ours is not None and not self._digest:
+                self._digest = ours.digest  # as good as the catalogue's, and there where that one does not answer
         except GPUFSMError as error:
             refused = isinstance(error, OllamaUnavailable) and _has_cause(error.__cause__, ConnectionRefusedError)
             return Residency(refused=refused, detail=one_line(error.summary()), at=self._clock.monotonic())
@@ -651,28 +675,44 @@ class OllamaManager:
     def catalog(self, timeout_s: float) -> Catalog:
         """Ask `/api/tags` whether the model is on the server's disk, how big it is and whether it takes images."""
         try:
-            answer = self._control("/api/tags", self._deadline(timeout_s))
-            entries = self._listed(answer, lambda entry: (self._model_entry(entry), entry))
-            disk, found = next(
-                (pair for pair in entries if canonical_name(pair[0].name) == self._canonical), (None, {})
-            )
+            deadline = self._deadline(timeout_s)
+            disk, found = self._on_disk(deadline)
             if disk is None:
                 return Catalog(present=Answer.NO, detail=f"{self.model} is not on the server")
             if found.get("remote_host") or found.get("remote_model"):
                 return Catalog(present=Answer.NO, detail=f"{self.model} is a cloud model; it holds no memory here")
-            self._digest = disk.digest
         except GPUFSMError as error:
             return Catalog(detail=one_line(error.summary()))
-        capabilities = found.get("capabilities")
-        vision = Answer.UNKNOWN  # older servers do not say
-        if isinstance(capabilities, list) and capabilities:
-            vision = Answer.YES if "vision" in capabilities else Answer.NO
         return Catalog(
             present=Answer.YES,
             size_mib=disk.size_mib or None,
-            digest=self._digest,
-            vision=vision,
+            digest=disk.digest,
+            vision=self._sight(disk.digest, found.get("capabilities"), deadline),
         )
+
+    def _on_disk(self, deadline: float) -> tuple[LoadedModel | None, Mapping[str, Any]]:
+        """Look the model up in `/api/tags`: our reading of its entry, and the entry."""
+        entries = self._listed(self._control("/api/tags", deadline), lambda entry: (self._model_entry(entry), entry))
+        ours = (pair for pair in entries if canonical_name(pair[0].name) == self._canonical)
+        disk, found = next(ours, (None, {}))
+        if disk is not None:
+            self._digest = disk.digest
+        return disk, found
+
+    def _sight(self, digest: str, capabilities: object, deadline: float) -> Answer:
+        """Whether the model takes images: `/api/tags` says so in recent versions, `/api/show` since 0.6.4."""
+        if not isinstance(capabilities, list):
+            if digest and self._sight_of[0] == digest:
+                return self._sight_of[1]
+            try:
+                capabilities = self._control("/api/show", deadline, {"model": self.model}).get("capabilities")
+            except GPUFSMError:
+                return Answer.UNKNOWN
+        if not isinstance(capabilities, list) or not capabilities:
+            return Answer.UNKNOWN  # older still: not told is not a no
+        answer = Answer.YES if "vision" in capabilities else Answer.NO
+        self._sight_of = (digest, answer)
+        return answer
 
     def health(self, timeout_s: float) -> Health:
         """Ask how far the server answers, within `timeout_s` for all."""
@@ -1231,7 +1271,8 @@ class OllamaManager:
             return
         self._digest_asked_at = now
         if deadline > now:
-            self.catalog(deadline - now)
+            with contextlib.suppress(GPUFSMError):
+                self._on_disk(deadline)
 
 
 # --- small things ----------------------------------------------------------------------------------------------------

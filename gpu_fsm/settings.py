@@ -488,6 +488,14 @@ class GPUResourceConfig:
         _Text("the UUID of a GPU (`nvidia-smi -L` lists them), or none", _check_printable, optional=True),
         "which GPU, by its UUID; `none` takes the first",
     )
+    vram_budget_mib: float = _mib(
+        0.0,
+        "what Ollama and CLIP may share on a card whose driver tells nothing (no NVML); an assumption, 0 makes none",
+        zero=True,
+    )
+    ollama_card: Literal["same", "other"] = _word(
+        "same", ("same", "other"), "`other`: Ollama has a card of its own, so the VLM needs no room on CLIP's"
+    )
     reserve_mib: float = _mib(
         512.0, "left free on every acquisition, for the desktop and the next allocation of others", zero=True
     )

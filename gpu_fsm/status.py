@@ -86,7 +86,9 @@ class Reason:
     @classmethod
     def of(cls, error: GPUFSMError, *, step: str = "") -> Reason:
         """Derive the reason from an error of ours."""
-        permanent = error.bucket == "restart_process" or isinstance(error, ModelNotFound | ClipUnavailable | ConfigError)
+        permanent = error.bucket == "restart_process" or isinstance(
+            error, ModelNotFound | ClipUnavailable | ConfigError
+        )
         return cls(
             code=error.code,
             detail=one_line(error.summary()),
@@ -121,8 +123,9 @@ class VRAMInfo:
     total_mib: float | None = None
     free_mib: float | None = None
     source: str = "none"
-    """Who answered: `nvml`, `simulated`, `unified`, `assumed`, `none`."""
+    """Who answered: `nvml`, `simulated`, `unified`, `torch`, `assumed`, `none`."""
     scope: Literal["card", "process", "assumed", "none"] = "none"
+    """What the figures cover: all programs, this process only, or a size from the settings."""
     device_uuid: str = ""
     name: str = ""
     present: bool = False
@@ -131,6 +134,8 @@ class VRAMInfo:
     """A card that was there and has gone."""
     detail: str = ""
     """Why something is unknown, in words."""
+    bucket: Bucket = "none"
+    """What would mend what is the matter; `none` where nothing is."""
     at: float = 0.0
 
     @property
@@ -233,6 +238,8 @@ class GPUResourceStatus:
     now_at: float = 0.0
     closed: bool = False
     listener_errors: int = 0
+    card_held_by: str = ""
+    """Another manager that acts on this card, in words; this one observes only.  Empty where this one may act."""
     simulated: tuple[str, ...] = ()
     """Which parts of the world are simulations; empty on a real machine."""
 

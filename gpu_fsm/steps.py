@@ -56,6 +56,8 @@ class Steps:
         """Ollama's own timer for the VLM, as far as our requests set it."""
         self._interrupt: Interrupt | None = None
         self._cut_off_at: VRAMInfo | None = None
+        self._returning: tuple[VRAMInfo, float, frozenset[int], float] | None = None
+        """Of a release whose proof was not waited for: baseline, MiB held, Ollama's processes, when it is too late."""
 
     @property
     def keep_alive_s(self) -> float:
@@ -115,17 +117,35 @@ class Steps:
         if s.clip_surplus:
             self.released = True
             self._clip.to_cpu()
+            self._expect(baseline, s.seen.clip_held_mib + s.returning_mib, runners)
         if self._superseded():
             return "aborted"
         if s.vlm_surplus:
             self.released = True
+            self._expect(baseline, held_mib, runners)
             if not self._unload(self._config.unload_deadline_s, may_stop=True):
                 return "aborted"
         if held_mib > 0:
             self._settle(baseline, held_mib, runners)
+        self._returning = None
         if s.aim.plan.vlm is not None:
             self._await_answer()
         return "step_done"
+
+    def _expect(self, baseline: VRAMInfo, held_mib: float, runners: frozenset[int]) -> None:
+        too_late = self._clock.monotonic() + self._config.settle_timeout_s
+        self._returning = (baseline, held_mib, runners, too_late)
+
+    def returning_mib(self, now: VRAMInfo) -> float:
+        """What an interrupted release gave back and the driver still counts; 0 when it is back, or too late."""
+        if self._returning is None:
+            return 0.0
+        baseline, held_mib, _, too_late = self._returning
+        if now.free_mib is None or baseline.free_mib is None or self._clock.monotonic() >= too_late:
+            self._returning = None
+            return 0.0
+        missing = held_mib - max(0.0, now.free_mib - baseline.free_mib)
+        return missing if missing > (1 - PROOF) * held_mib else 0.0
 
     def _unload(self, deadline_s: float, *, may_stop: bool) -> bool:
         """Ask for the unload, again and again, until `/api/ps` denies the model.  False when superseded."""

@@ -70,8 +70,12 @@ class Ticket:
         return self.kind == "vlm_wanted" or self.mode is ExecutionMode.RECORDING
 
     def same_as(self, other: Ticket) -> bool:
-        """Adjacent requests that ask for the same cost one."""
-        return (self.kind, self.mode, self.place) == (other.kind, other.mode, other.place)
+        """Adjacent requests that ask for the same, and hold the same, cost one."""
+        mine, others = (
+            (self.kind, self.mode, self.place, self.holds),
+            (other.kind, other.mode, other.place, other.holds),
+        )
+        return mine == others
 
     def grant(self, outcome: Outcome) -> bool:
         """Resolve; False if the waiter has gone."""
@@ -97,12 +101,19 @@ class Mailbox:
         self._lock = threading.Lock()
         self._queue: deque[Ticket] = deque()
         self._last = 0
+        self._closed = False
         self.newest_preempt = 0
         """Number of the newest preempting ticket; read without the lock."""
 
     def post(self, ticket: Ticket) -> Group:
-        """Number and enqueue a ticket.  Returns the tickets it supersedes, for the caller to refuse."""
+        """Number and enqueue a ticket.  Returns the tickets that have to be refused for it.
+
+        Those are the ones it supersedes; or the ticket itself, since nothing comes after a close.
+        """
         with self._lock:
+            if self._closed:
+                return (ticket,)
+            self._closed = ticket.kind == "close"
             self._last += 1
             ticket.seq = self._last
             superseded: Group = ()
@@ -123,12 +134,30 @@ class Mailbox:
                 group.append(self._queue.popleft())
             return tuple(group)
 
-    def clear(self) -> Group:
-        """Take everything: the manager is closing."""
+    def take_of_a_holder(self) -> Group:
+        """Take the oldest ticket of somebody who holds a lease, past those who wait for that lease."""
         with self._lock:
-            rest = tuple(self._queue)
-            self._queue.clear()
-            return rest
+            for ticket in self._queue:
+                if ticket.holds:
+                    self._queue.remove(ticket)
+                    return (ticket,)
+            return ()
+
+    def put_back(self, group: Group) -> None:
+        """Let a group wait at the head again."""
+        with self._lock:
+            self._queue.extendleft(reversed(group))
+
+    @property
+    def has_a_holder(self) -> bool:
+        """Whether somebody who holds a lease has asked for something."""
+        with self._lock:
+            return any(ticket.holds for ticket in self._queue)
+
+    @property
+    def closed(self) -> bool:
+        """Whether a close was posted: nothing is accepted after it."""
+        return self._closed
 
     def wants_vlm(self) -> bool:
         """Whether a queued ticket needs the VLM."""

@@ -4,6 +4,10 @@ Three answers are kept apart, since they mean different things to a decision: *a
 `present` and `lost` both False), *lost* (a card that was there and has gone) and *unknown* (`present`, but
 `free_mib` is None and `detail` says why).  Unknown is never zero, and no number is invented.
 
+Where NVML has no figures, others are asked in this order, and the reading says who answered: the kernel, for memory
+that card and CPU share; torch, if this process pays for a context on the card anyway; the size in the settings, which
+is labelled an assumption and carries no free memory.
+
 Only `free` and `total` of the first version of the memory call are used: it works on every driver, and `used` means
 something else in each version.  NVML holds a lock of the whole driver and can hang with it, so every call runs on one
 worker thread and callers wait for it no longer than they said.
@@ -21,12 +25,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 import attrs
 from attrs import define, field, frozen
 
-from gpu_fsm.errors import ConfigError, one_line
+from gpu_fsm.errors import Bucket, ConfigError, one_line
 from gpu_fsm.ports import Clock
 from gpu_fsm.settings import GPUResourceConfig
 from gpu_fsm.status import Holder, VRAMInfo
@@ -74,11 +78,33 @@ IN_WORDS: Final = {
     FUNCTION_NOT_FOUND: "the installed driver is too old for this call",
 }
 
+MENDS: Final[dict[int, Bucket]] = {
+    LIBRARY_NOT_FOUND: "cpu_only",
+    DRIVER_NOT_LOADED: "cpu_only",
+    NO_CARDS: "cpu_only",
+    LIB_RM_VERSION_MISMATCH: "user",
+    GPU_IS_LOST: "restart_process",
+    GPU_NOT_FOUND: "restart_process",
+    RESET_REQUIRED: "user",
+    NO_PERMISSION: "user",
+    UNKNOWN: "retry",
+    UNINITIALIZED: "retry",
+    NOT_SUPPORTED: "settle",
+    FUNCTION_NOT_FOUND: "settle",
+}
+"""What recovery needs, by fault.  `settle`: the figures will not come, so a fixed wait stands for every proof."""
+SPACING_S: Final = 0.02
+"""Two questions to the driver are at least this far apart, whoever asks: its lock is everybody's, and 50 a second show
+every release there is.  A reading that is repeated keeps its time."""
 RETRY_S: Final = 30.0
 """Between two tries to open NVML: an init may start the GPU up (1.5 s) and stalls other users of the driver."""
 CLOSE_S: Final = 1.0
 """How long `close` waits for a driver that may be hanging."""
 MEMINFO: Final = Path("/proc/meminfo")
+
+
+ProcessView = Callable[[], "tuple[float, float, Literal['card', 'process']] | None"]
+"""Total and free memory in MiB, and what they cover; None where this process pays for no context.  Never raises."""
 
 
 class _Fault(Exception):
@@ -214,6 +240,9 @@ class VRAMMonitor:
 
     def __init__(self, config: GPUResourceConfig, *, clock: Clock) -> None:
         self._clock = clock
+        self.process_view: ProcessView | None = None
+        """This process's own knowledge of the card, asked where NVML has no figures."""
+        self._assumed_mib = config.vram_budget_mib
         self._wanted = (config.gpu_uuid or "").strip()
         self._patience_s = config.observe_timeout_s
         self._visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -228,6 +257,8 @@ class VRAMMonitor:
         self._why_closed = VRAMInfo()
         self._open_again_at = float("-inf")
         self._mend_again_at = float("-inf")
+        self._last: VRAMInfo | None = None
+        self._last_at = float("-inf")
 
     # --- the port ----------------------------------------------------------------------------------------------------
 
@@ -238,21 +269,32 @@ class VRAMMonitor:
         Everything else that can be wrong is in the answer, as with `read`.
         """
         try:
-            return self._worker.ask(self._prepare, self._patience_s if timeout_s is None else timeout_s)
+            info = self._worker.ask(self._prepare, self._patience_s if timeout_s is None else timeout_s)
+            return self._assume(info)
         except _NoAnswer as silence:
             return self._silent(silence)
 
     def read(self, timeout_s: float) -> VRAMInfo:
         """Read total and free memory, in MiB.  Never raises, never takes longer than `timeout_s`."""
         try:
-            return self._worker.ask(self._read, timeout_s)
+            return self._assume(self._worker.ask(self._read_spaced, timeout_s))
         except _NoAnswer as silence:
             return self._silent(silence)
         except ConfigError as error:
-            return VRAMInfo(present=True, detail=one_line(error.summary()), at=self._clock.monotonic())
+            return self._assume(
+                VRAMInfo(present=True, detail=one_line(error.summary()), bucket="user", at=self._clock.monotonic())
+            )
         except Exception as error:
             log.exception("reading the card failed in an unforeseen way")
             return VRAMInfo(present=True, detail=f"internal error: {one_line(error)}", at=self._clock.monotonic())
+
+    def free_mib(self) -> float | None:
+        """Free memory at this moment, by NVML or not at all: for measuring what one action took."""
+        try:
+            info = self._worker.ask(self._read, self._patience_s)
+        except (_NoAnswer, ConfigError):
+            return None
+        return info.free_mib if info.source == "nvml" else None
 
     def holders(self) -> tuple[Holder, ...] | None:
         """Who holds memory on the card, largest first, or None where the driver does not tell.
@@ -272,6 +314,20 @@ class VRAMMonitor:
         """Give NVML back, once.  A hanging driver is waited for briefly and then left alone."""
         self._worker.close(self._shut, CLOSE_S)
 
+    def _assume(self, info: VRAMInfo) -> VRAMInfo:
+        """The size in the settings, where nobody knows better.  Free memory stays unknown here."""
+        if not self._assumed_mib or info.total_mib is not None or info.lost:
+            return info
+        return attrs.evolve(
+            info,
+            total_mib=self._assumed_mib,
+            source="assumed",
+            scope="assumed",
+            present=True,
+            detail=f"vram_budget_mib is assumed: {info.detail}",
+            bucket="settle",
+        )
+
     # --- on the worker's thread --------------------------------------------------------------------------------------
 
     def _prepare(self) -> VRAMInfo:
@@ -283,7 +339,26 @@ class VRAMMonitor:
                 return self._verdict(fault)
         return self._read()
 
+    def _read_spaced(self) -> VRAMInfo:
+        if self._last is None or not 0 <= self._clock.monotonic() - self._last_at < SPACING_S:
+            self._last = None
+            self._last = self._read()
+            self._last_at = self._clock.monotonic()
+        return self._last
+
     def _read(self) -> VRAMInfo:
+        info = self._read_driver()
+        if info.free_mib is not None or info.lost or self.process_view is None:
+            return info
+        view = self.process_view()
+        if view is None:
+            return info
+        total_mib, free_mib, scope = view
+        return attrs.evolve(
+            info, total_mib=total_mib, free_mib=free_mib, source="torch", scope=scope, present=True, bucket="none"
+        )
+
+    def _read_driver(self) -> VRAMInfo:
         if self._card is None:
             if self._clock.monotonic() < self._open_again_at:
                 return attrs.evolve(self._why_closed, at=self._clock.monotonic())
@@ -361,6 +436,7 @@ class VRAMMonitor:
             present=not lost and fault.code not in ABSENT,
             lost=lost,
             detail=fault.text,
+            bucket="restart_process" if lost else MENDS.get(fault.code, "retry"),
             at=self._clock.monotonic(),
         )
         if self._card is None:
@@ -370,12 +446,15 @@ class VRAMMonitor:
     def _silent(self, silence: _NoAnswer) -> VRAMInfo:
         # `_seen` is only read here: a stale value costs a name in a status, nothing more.
         seen = self._seen
-        return VRAMInfo(
-            device_uuid=seen.uuid if seen else "",
-            name=seen.name if seen else "",
-            present=True,
-            detail=str(silence),
-            at=self._clock.monotonic(),
+        return self._assume(
+            VRAMInfo(
+                device_uuid=seen.uuid if seen else "",
+                name=seen.name if seen else "",
+                present=True,
+                detail=str(silence),
+                bucket="retry",
+                at=self._clock.monotonic(),
+            )
         )
 
     def _open(self) -> None:
@@ -391,7 +470,7 @@ class VRAMMonitor:
             raise
         except ConfigError as error:
             self._shut()
-            self._why_closed = VRAMInfo(present=True, detail=one_line(error.summary()))
+            self._why_closed = VRAMInfo(present=True, detail=one_line(error.summary()), bucket="user")
             raise
         self._card = self._seen = card
 
@@ -403,7 +482,7 @@ class VRAMMonitor:
                 nvml.nvmlShutdown()
 
     def _holders(self) -> tuple[Holder, ...]:
-        self._read()
+        self._read_driver()
         if self._card is None:
             raise _Fault(UNINITIALIZED, "no card")
         shares: dict[int, float | None] = {}

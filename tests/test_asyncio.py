@@ -412,7 +412,6 @@ def test_an_abandoned_stream_gives_the_lease_back() -> None:
     run(body, SimulatedWorld(responder=lambda *_: "word " * 200))
 
 
-@pytest.mark.xfail(strict=True, reason="closing the generator that another thread runs raises ValueError")
 def test_a_stream_cancelled_while_it_waits_for_a_part_raises_the_cancellation() -> None:
     """A cancelled `async for` ends as cancelled, not as an error of the clearing up, and the lease comes back."""
 
@@ -493,7 +492,6 @@ def test_the_holder_of_a_lease_is_named_after_its_task() -> None:
     run(body)
 
 
-@pytest.mark.xfail(strict=True, reason="the asyncio face leases a CLIP that does not exist")
 def test_there_is_no_lease_on_a_clip_that_is_not_there() -> None:
     """Without a CLIP both faces raise `ClipUnavailable` instead of handing out a lease on nothing."""
 

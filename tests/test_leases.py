@@ -202,7 +202,6 @@ def test_who_asks_to_move_what_it_holds_is_told_at_once(
     call(manager)
 
 
-@pytest.mark.xfail(strict=True, reason="equal neighbours are served as one, whoever of them holds what")
 def test_only_the_holder_is_told_that_it_holds() -> None:
     """Two ask for the same, the first holds the lease in the way: it is told so at once, the other one waits."""
     world = SimulatedWorld()
@@ -219,7 +218,6 @@ def test_only_the_holder_is_told_that_it_holds() -> None:
     assert other.result(0).granted
 
 
-@pytest.mark.xfail(strict=True, reason="behind a request that waits for leases their holders wait, too")
 @pytest.mark.parametrize("asks", ["the same", "another model"])
 def test_a_holder_is_not_queued_behind_who_waits_for_it(asks: str) -> None:
     """One request waits for a lease; whatever its holder asks then is answered before, or both wait for each other."""
@@ -315,7 +313,6 @@ def test_a_lease_that_was_waited_for_too_short_is_not_left_behind() -> None:
     manager.close()
 
 
-@pytest.mark.xfail(strict=True, reason="a future that is being resolved is neither cancelled nor done, and forgotten")
 def test_a_lease_granted_while_its_waiter_gives_up_is_given_back() -> None:
     """Between "I resolve this" and the result lies a moment; a waiter that leaves in it must not leave a lease."""
     world = SimulatedWorld()
@@ -378,7 +375,6 @@ def test_clip_is_never_moved_under_an_encode() -> None:
     manager.close()
 
 
-@pytest.mark.xfail(strict=True, reason="a half-done release that meets a leased CLIP degrades instead of waiting")
 def test_a_lease_in_the_way_of_a_preempting_request_is_waited_for() -> None:
     """The VLM is on its way out when RECORDING preempts; a leased CLIP then costs a wait, not the mode."""
     world = SimulatedWorld()

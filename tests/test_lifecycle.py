@@ -325,7 +325,6 @@ def test_close_with_ollama_gone_is_bounded() -> None:
     assert world.clip.place == "cpu"
 
 
-@pytest.mark.xfail(strict=True, reason="a second close returns nothing and closes no port once the driver has ended")
 def test_a_close_that_timed_out_can_be_finished() -> None:
     """A close whose waiting ended early goes on; closing again waits for it, closes the ports, names the leftovers."""
     world = SimulatedWorld()
@@ -343,7 +342,6 @@ def test_a_close_that_timed_out_can_be_finished() -> None:
     assert threads_of(manager) == []
 
 
-@pytest.mark.xfail(strict=True, reason="a request between the last check and the mailbox is never answered")
 def test_a_request_that_races_with_the_end_is_answered() -> None:
     """Asking in the very moment in which the manager closes ends in `ManagerClosed`, never in silence."""
     world = SimulatedWorld()
@@ -365,7 +363,6 @@ def test_a_request_that_races_with_the_end_is_answered() -> None:
     assert isinstance(future.exception(0.1), ManagerClosed)
 
 
-@pytest.mark.xfail(strict=True, reason="callbacks run before the manager knows that it closes, and can supersede that")
 def test_nothing_supersedes_a_close() -> None:
     """Who is told `ManagerClosed` and asks again with `preempt`, from the callback, cannot undo the close."""
     world = SimulatedWorld()
@@ -389,7 +386,6 @@ def test_nothing_supersedes_a_close() -> None:
     assert not world.vlm_resident()
 
 
-@pytest.mark.xfail(strict=True, reason="callbacks of the displaced run while close holds a lock that close needs")
 def test_a_callback_may_use_the_manager_that_closes() -> None:
     """The callback of a request that got `ManagerClosed` runs under no lock of ours, so it cannot stop the world."""
     world = SimulatedWorld()
@@ -478,7 +474,6 @@ def test_the_exit_handler_closes_what_is_open(ending: str) -> None:
     clock.close()
 
 
-@pytest.mark.xfail(strict=True, reason="the probe's own exit handler runs first, and every later look waits in vain")
 def test_the_exit_handler_loses_no_time() -> None:
     """What the close needs still works at exit: the unload follows the end of the program at once."""
     server, ollama, clock = served()
@@ -495,7 +490,6 @@ def test_the_exit_handler_loses_no_time() -> None:
     clock.close()
 
 
-@pytest.mark.xfail(strict=True, reason="urllib3 closes a pool's connections by a finalizer, and at exit those are over")
 def test_the_exit_handler_leaves_no_socket_open() -> None:
     """With all warnings on a program that ends without closing prints nothing either."""
     server, _ollama, clock = served()
@@ -510,7 +504,6 @@ def test_the_exit_handler_leaves_no_socket_open() -> None:
     clock.close()
 
 
-@pytest.mark.xfail(strict=True, reason="open managers are known by weak references only")
 def test_the_exit_handler_closes_also_a_manager_that_nobody_refers_to() -> None:
     """A manager that was dropped without closing still drives, so it is still open, and is closed at the end."""
     server, ollama, clock = served()
@@ -720,7 +713,6 @@ in_child(check)
     )
 
 
-@pytest.mark.xfail(strict=True, reason="the note that CUDA was initialised stays in the parent, too")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_parent_that_used_cuda_and_forked_keeps_its_right_to_the_gpu() -> None:
     """The fork concerns the child only: the parent's first `shared()` after it works."""

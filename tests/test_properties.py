@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 from attrs import frozen
-from hypothesis import event, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from gpu_fsm import ExecutionMode, GPUResourceManager, Hold, ModelState, State, VRAMInfo
 from gpu_fsm.errors import (
-    CudaPoisoned,
+    ClipUnavailable,
     GPUFSMError,
     LeaseTimeout,
     LoadFailed,
@@ -95,7 +95,7 @@ pasts = st.lists(deeds, max_size=5)
 def do(manager: GPUResourceManager, deed: Deed) -> None:
     """Do one deed; refusals are taken as an answer, and so is that CLIP cannot go where there is no GPU."""
     verb, what = deed
-    with contextlib.suppress(Refused, CudaPoisoned):
+    with contextlib.suppress(Refused, ClipUnavailable):
         match verb:
             case "mode":
                 manager.set_execution_mode(what)
@@ -184,10 +184,13 @@ def vlm_at(world: SimulatedWorld, moment: float) -> float:
     return ledger_at(world, moment, lambda owner: owner.startswith(f"ollama:{VLM}#"))
 
 
-def fits_both(world: SimulatedWorld) -> bool:
-    """By the ledger: CLIP and the VLM fit together beside all others, with the reserve."""
+def one_must_go(world: SimulatedWorld) -> bool:
+    """By the ledger: CLIP and the VLM do not fit together with the reserve, even if the VLM is taken for smaller.
+
+    Before it was measured its size is a guess from the size on disk, here up to a twentieth too low.
+    """
     others = math.fsum(m for o, m in world.card.owners().items() if o != "clip" and not o.startswith(f"ollama:{VLM}#"))
-    return others + world.clip.clip_mib + world.vlm.size_mib + RESERVE_MIB <= world.card.total_mib
+    return others + world.clip.clip_mib + 0.95 * world.vlm.size_mib + RESERVE_MIB > world.card.total_mib
 
 
 class Watch:
@@ -529,7 +532,7 @@ def test_property_06_clip_is_on_the_cpu_before_the_load_of_a_vlm_that_wants_it_t
             do(manager, ("clip", "gpu"))
         assert world.clip.place == "gpu"
         assert not world.vlm_resident()
-        wants_cpu[0] = way == "recording" or not fits_both(world)
+        wants_cpu[0] = way == "recording" or one_must_go(world)
         for fault in trouble:
             fault.arm(world)
         begun = world.clock.monotonic()
@@ -926,6 +929,9 @@ def test_property_10_a_timeout_ends_the_waiting_and_never_the_load(
     resident=st.booleans(),
     start=st.sampled_from([IDLE, RECORDING, AUTOPILOT]),
     times=st.sampled_from([1, 2, 1000, 1000]),
+)
+@example(  # either fits and not both: without the VLM's memory CLIP cannot come back, and the mode is lost over it
+    sizes={"vlm_mib": 5000, "card_mib": 6200, "tells_holders": False}, resident=False, start=AUTOPILOT, times=1
 )
 def test_property_11_ensure_unloaded_returns_with_the_vlm_gone_and_the_memory_back_or_raises(
     sizes: dict[str, Any], resident: bool, start: ExecutionMode, kind: str, times: int

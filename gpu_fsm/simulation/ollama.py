@@ -373,7 +373,7 @@ class SimulatedOllama(Scheduler):
         exchange.json(200, {"object": "list", "data": data}, content_type=_JSON_STREAM)
 
     def _get_ps(self, exchange: Exchange, body: Any, fault: Fault | None) -> None:
-        if not self.old and any(runner.exiting for runner in self._runners):
+        if not self.old and any(runner.exiting or runner.pinged for runner in self._runners):
             self._ps_waiting.append(exchange)  # the scheduler holds its lock while a runner goes
             return
         if self._ps_body is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from attrs import define, field, frozen
@@ -24,6 +25,8 @@ RUNNER_OPTIONS = ("num_ctx", "num_gpu", "num_batch", "main_gpu", "use_mmap", "nu
 
 _POLL_S = 0.25
 """The server looks at a loading runner, and at memory that should come back, this often."""
+_PINGS_S = 20.0
+"""How long the server tries to reach a frozen runner before it takes another one: two pings."""
 _RECOVERY_S = 5.0
 """How long a load waits for the memory of the last runner to come back."""
 
@@ -171,6 +174,10 @@ class Runner:
     marked: bool = False
     """Chosen for eviction."""
     stays_until: float = 0.0
+    frozen: bool = False
+    """The process is stopped: it holds its memory and answers nothing."""
+    pinged: bool = False
+    """A request waits for the server to find that out."""
     running: list[Work] = field(factory=list)
     waiting: deque[Work] = field(factory=deque)
 
@@ -300,6 +307,22 @@ class Scheduler:
                     return True
             return False
 
+    def freeze_runner(self, name: str) -> bool:
+        """Stop the process of a loaded model; False if there is none.
+
+        What runs on it hangs until its client leaves.  The next request for it finds out after 20 s, during which
+        `/api/ps` blocks, and then loads it anew.
+        """
+        with self.clock.turn:
+            runner = self._runner_named(name)
+            if runner is None or not runner.alive or runner.exiting:
+                return False
+            runner.frozen = True
+            for work in runner.running:
+                if work.next is not None:
+                    work.next.cancel()
+            return True
+
     def _expire(self, model: SimulatedModel, fault: Fault | None = None) -> None:
         """Mark a runner for going; a busy one goes when its last request ends."""
         runner = self._runner_of(model)
@@ -317,7 +340,7 @@ class Scheduler:
     def _need(self, job: Job) -> None:
         """Serve the job from a runner that is there and fits, else queue it."""
         runner = self._runner_of(job.model)
-        if runner is not None and runner.alive and not runner.exiting and self._matches(runner, job):
+        if runner is not None and runner.alive and not (runner.exiting or runner.frozen) and self._matches(runner, job):
             self._serve(runner, job)
             return
         if len(self._queue) >= self.max_queue:
@@ -343,6 +366,11 @@ class Scheduler:
             runner = self._runner_of(job.model)
             if runner is not None and runner.exiting:
                 return
+            if runner is not None and runner.frozen:
+                if not runner.pinged:
+                    runner.pinged = True
+                    self.clock.after(_PINGS_S, partial(self._given_up, runner))
+                return
             if runner is not None and runner.alive and self._matches(runner, job):
                 self._queue.popleft()
                 self._serve(runner, job)
@@ -359,6 +387,16 @@ class Scheduler:
                 return
             self._queue.popleft()
             self._begin_load(job)
+
+    def _given_up(self, runner: Runner) -> None:
+        """No ping came back: what hangs on the runner fails, and it is killed."""
+        if runner in self._runners and not runner.exiting:
+            for work in (*runner.running, *runner.waiting):
+                work.fail()
+            runner.running.clear()
+            runner.waiting.clear()
+            runner.refs = 0
+            self._exit(runner)
 
     def _recovered(self) -> bool:
         if self._recovery is None or self.card is None:
@@ -383,7 +421,7 @@ class Scheduler:
 
     def _evict(self) -> None:
         """Take the idle runner with the shortest keep_alive, else wait for the one that would go first."""
-        idle = [r for r in self._runners if r.refs == 0]
+        idle = [r for r in self._runners if r.refs == 0 and not r.pinged]
         victim = min(idle or self._runners, key=lambda r: (r.keep_s, r.model.blob))
         if not victim.marked:
             victim.marked = True

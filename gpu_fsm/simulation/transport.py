@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +13,7 @@ import requests
 from requests.adapters import BaseAdapter
 from requests.cookies import RequestsCookieJar
 from requests.structures import CaseInsensitiveDict
+from urllib3.exceptions import ProtocolError, ReadTimeoutError
 from urllib3.response import HTTPResponse
 
 from gpu_fsm.simulation.clock import SimulatedClock
@@ -66,6 +67,26 @@ class _Body(io.RawIOBase):
         if not self.closed:
             self._adapter.hang_up(self._exchange)
         super().close()
+
+
+class _Chunks(HTTPResponse):
+    """An answer without a length: each part is given as soon as it is there, as `urllib3` does with real chunks."""
+
+    def __init__(self, body: _Body, **facts: Any) -> None:
+        super().__init__(body=body, **facts)
+        self._parts = body
+
+    def stream(self, amt: int | None = 2**16, decode_content: bool | None = None) -> Iterator[bytes]:  # type: ignore[override]
+        while True:
+            try:
+                part = self._parts.read(amt or 2**16)
+            except TimeoutError as late:
+                raise ReadTimeoutError(None, "", "read timed out") from late  # type: ignore[arg-type]  # there is no pool
+            except OSError as lost:
+                raise ProtocolError(f"connection broken: {lost}", lost) from lost
+            if not part:
+                return
+            yield part
 
 
 class _Whole(io.BytesIO):
@@ -212,7 +233,8 @@ class SimulatedAdapter(BaseAdapter):
             self._open.discard(exchange)
             response.raw = _Whole(b"".join(exchange.chunks), status, exchange.headers)
         else:
-            response.raw = HTTPResponse(
+            make = _Chunks if exchange.length is None else HTTPResponse
+            response.raw = make(
                 body=_Body(self, exchange, deadline),
                 headers=exchange.headers,
                 status=status,

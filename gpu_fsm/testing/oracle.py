@@ -97,7 +97,7 @@ class Oracle:
 
     @property
     def _closing(self) -> bool:
-        return self.manager._driver._closing is not None
+        return self.manager._driver.mailbox.closed
 
     def _renewal_became_a_load(self) -> bool:
         """`/api/ps` lists dead runners, and 0.24 also those that load: a renewal of such a one starts or joins a load."""
