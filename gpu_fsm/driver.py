@@ -34,7 +34,10 @@ log = logging.getLogger("gpu_fsm")
 T = TypeVar("T")
 
 BACKLOG = 10_000
-"""Events that a stuck listener may leave lying before the oldest interest is lost; each is about 200 bytes."""
+"""Events that a stuck listener may leave lying before the oldest are lost."""
+
+DEFECT_PAUSE_S = 0.1
+"""After an exception that nothing expected: not to spin, and still to answer."""
 
 Listener = Callable[[Event], None]
 
@@ -299,9 +302,14 @@ class Driver:
                 while not self._has_work():
                     due = self._due()
                     self.clock.wait(self._wake, None if due is None else max(0.0, due - self.clock.monotonic()))
-            with self._drive():
-                self._next()
-        self._events.put(None)
+            try:
+                with self._drive():
+                    self._next()
+            except Exception:
+                # A defect of ours must not end the driving: whoever waits would wait for ever.
+                log.exception("gpu_fsm: the driver met a defect; please report it")
+                self.clock.sleep(DEFECT_PAUSE_S)
+        self.tell(None)
 
     # --- telling ---
 
@@ -321,10 +329,14 @@ class Driver:
             card_held_by=self.card_lock.held_by if self.card_lock is not None else "",
         )
 
-    def tell(self, event: Event) -> None:
-        """Queue an event for the listeners."""
-        with contextlib.suppress(queue.Full):
-            self._events.put_nowait(event)
+    def tell(self, event: Event | None) -> None:
+        """Queue an event for the listeners; None ends them.  Where one of them is stuck, the oldest event is lost."""
+        while True:
+            try:
+                return self._events.put_nowait(event)
+            except queue.Full:
+                with contextlib.suppress(queue.Empty):
+                    self._events.get_nowait()
 
     def subscribe(self, listener: Listener, kinds: frozenset[str]) -> Callable[[], None]:
         """Call `listener` for events of `kinds` (all if empty), from the dispatch thread."""
