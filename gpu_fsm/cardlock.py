@@ -120,7 +120,7 @@ class CardLock:
             with os.fdopen(os.open(self._note(), flags), "rb") as file:
                 said = json.loads(file.read(NOTE_BYTES))
             pid, name = int(said["pid"]), one_line(str(said["name"]), 80)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (OSError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
             return None, ""
         return (pid, name) if _lives(pid) else (None, "")
 

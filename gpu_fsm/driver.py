@@ -200,7 +200,7 @@ class Driver:
             return future.result(timeout_s if self.threaded else 0)
         except TimeoutError as error:
             if future.done():
-                raise
+                return future.result()  # it came in the same moment; or the error is the answer
             raise errors.OperationTimeout(
                 detail=f"no answer within {timeout_s:g} s; the operation goes on",
                 remedy="Wait longer, or look at get_status().",
@@ -305,8 +305,9 @@ class Driver:
             try:
                 with self._drive():
                     self._next()
-            except Exception:
-                # A defect of ours must not end the driving: whoever waits would wait for ever.
+            except BaseException:
+                # A defect of ours, or a `SystemExit` in somebody's callback, must not end the driving: whoever waits
+                # would wait for ever.
                 log.exception("gpu_fsm: the driver met a defect; please report it")
                 self.clock.sleep(DEFECT_PAUSE_S)
         self.tell(None)

@@ -224,7 +224,9 @@ class Engine:
         if trigger not in ("fault", "shed"):
             wants_vlm = trigger == "vlm_wanted" or (ticket is not None and ticket.wants_vlm)
             quiet = trigger == "check" and self.state in STABLE
-            self._observer.look(catalog=wants_vlm or self.state is State.DEGRADED, quiet=quiet, patient=ticket is not None)
+            self._observer.look(
+                catalog=wants_vlm or self.state is State.DEGRADED, quiet=quiet, patient=ticket is not None
+            )
         snapshot = self._snapshot_of(trigger, ticket)
         if isinstance(guards.why_not(snapshot), errors.InsufficientVRAM):
             snapshot = attrs.evolve(snapshot, seen=self._observer.look_at_holders())
@@ -281,7 +283,7 @@ class Engine:
             pressed_too_long=self._observer.pressed_for(now) >= config.pressure_s,
             reassertions_left=len(self._reassertions) < config.reassert_limit,
             model_missing=self._model_missing(),
-            leftovers=bool(self._leftovers),
+            leftovers=bool(self._leftovers) and not self._hands_off(),
         )
         if self.state in STABLE:
             snapshot = attrs.evolve(snapshot, aim=self._aim_of(trigger, ticket, snapshot))
@@ -701,6 +703,7 @@ class Engine:
                 vlm_ours=self._observer.vlm_ours,
                 evidence=self._observer.evidence,
                 proof=self._proof(),
+                clip_context_mib=seen.clip_context_mib,
                 clip_device=seen.clip_device if seen.at else self._clip.device,
                 cpu_only=not present and not seen.vram.lost,
                 cpu_only_reason="" if present or seen.vram.lost else seen.vram.detail or seen.gpu_unusable_reason,
@@ -731,6 +734,8 @@ class Engine:
             return "no GPU: proof rests on /api/ps alone"
         if self._observer.seen.vram.free_mib is None:
             return "the driver does not tell the free memory: proof rests on /api/ps and a fixed wait"
+        if self._observer.seems_elsewhere:
+            return "Ollama's last load took nothing of this card: if it has its own, set ollama_card to other"
         return "/api/ps and the driver's bytes"
 
     def _tell_lost(self, s: Snapshot) -> None:
@@ -858,11 +863,14 @@ class Engine:
                 case _:
                     ticket.refuse(self._failure or errors.DegradedError(reason_code="degraded"))
 
+    def _hands_off(self) -> bool:
+        """Another client's fight for the VLM is not fought on; a lease that was waited for in vain is not broken."""
+        cause = self._failure.code if self._failure else self._reason.code if self._reason else ""
+        return cause in (errors.ExternalClient.code, errors.LeaseTimeout.code)
+
     def _on_shedding(self) -> None:
         try:
-            # Another client's fight for the VLM is not fought on, and a lease that was waited for in vain is not broken.
-            hands_off = isinstance(self._failure, errors.ExternalClient | errors.LeaseTimeout)
-            self._leftovers = self._steps.shed(hands_off_vlm=hands_off)
+            self._leftovers = self._steps.shed(hands_off_vlm=self._hands_off())
         except Exception:
             log.exception("gpu_fsm: shedding broke")
             self._leftovers = ("unknown: shedding itself broke",)
@@ -937,6 +945,11 @@ class Engine:
         return self._clock.monotonic() + delay
 
     # --- Words ---
+
+    @property
+    def sees_images(self) -> Answer:
+        """Whether the VLM has the vision capability, as far as Ollama has told."""
+        return self._observer.seen.catalog.vision
 
     def explain(self, mode: ExecutionMode) -> str:
         """Why `mode` is available now or is not, in words, from the last look."""

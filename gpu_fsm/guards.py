@@ -70,6 +70,7 @@ class Observation:
     clip_device: str = "none"
     clip_needed_mib: float = 0.0
     clip_held_mib: float = 0.0
+    clip_context_mib: float | None = None
     gpu_usable: bool = False
     gpu_expected: bool = False
     """This process had a usable GPU: if it has none now, something broke."""

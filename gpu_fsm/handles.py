@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gpu_fsm import errors
 from gpu_fsm.driver import Driver
 from gpu_fsm.ports import Completion
+from gpu_fsm.status import Answer
 
 if TYPE_CHECKING:
     from gpu_fsm.ports import Embeddings
@@ -61,6 +63,16 @@ class VLM:
         """Continue a conversation of `{"role", "content", "images"}` messages and return the whole answer."""
         return _only(self._run(self._driver.server.chat, messages, format=format, timeout_s=timeout_s))
 
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        format: Mapping[str, Any] | str | None = None,  # noqa: A002 - Ollama's word
+        timeout_s: float | None = None,
+    ) -> Generator[Completion, None, None]:
+        """`chat` in parts; the last has `done=True`."""
+        return self._run(self._driver.server.chat, messages, format=format, timeout_s=timeout_s, stream=True)
+
     def _run(
         self,
         call: Callable[..., Iterator[Completion]],
@@ -70,24 +82,42 @@ class VLM:
         **options: Any,
     ) -> Generator[Completion, None, None]:
         driver, engine = self._driver, self._driver.engine
-        if driver.leases.is_lost(self._lease):
-            raise errors.LeaseLost(
-                detail="the VLM was taken away under this lease, or the lease has ended",
-                remedy="Take a new lease with manager.vlm().",
-            )
+        self._check_lease()
+        self._check_vision(what, options)
         limit = driver.config.inference_timeout_s if timeout_s is None else timeout_s
         driver.leases.touch()
         try:
-            for part in call(what, keep_alive_s=engine.keep_alive_s, timeout_s=limit, **options):
-                driver.leases.touch()
-                if part.done:
-                    engine.used_server()
-                yield part
+            parts = call(what, keep_alive_s=engine.keep_alive_s, timeout_s=limit, **options)
+            with contextlib.closing(cast("Generator[Completion, None, None]", parts)):
+                for part in parts:
+                    driver.leases.touch()
+                    if part.done:
+                        engine.used_server()
+                    yield part
+                    if not part.done:
+                        self._check_lease()  # a stream may outlive the `with` that it was started in
         except errors.GPUFSMError as error:
             driver.report(error)
             raise
         finally:
             driver.leases.touch()
+
+    def _check_lease(self) -> None:
+        if self._driver.leases.is_lost(self._lease):
+            raise errors.LeaseLost(
+                detail="the VLM was taken away under this lease, or the lease has ended",
+                remedy="Take a new lease with manager.vlm().",
+            )
+
+    def _check_vision(self, what: object, options: Mapping[str, Any]) -> None:
+        messages = what if isinstance(what, Sequence) and not isinstance(what, str) else ()
+        images = options.get("images") or any(isinstance(m, Mapping) and m.get("images") for m in messages)
+        if images and self._driver.engine.sees_images is Answer.NO:
+            raise errors.OllamaRequestRejected(
+                detail=f"{self.model} does not see images",
+                remedy="Set vlm_model to a vision model, for example qwen2.5vl:7b.",
+                model=self.model,
+            )
 
 
 def _only(parts: Iterator[Completion]) -> Completion:

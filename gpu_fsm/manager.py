@@ -92,7 +92,7 @@ class GPUResourceManager:
         )
         self._aio: AsyncVerbs | None = None
         self._ports_closed = False
-        # Finalizers run newest first: ours before those of the adapters, which the close still needs.  It refers to this
+        # Finalizers run newest first: ours before the adapters', which the close still needs.  It refers to this
         # manager strongly, since one that was dropped without closing still drives.
         self._at_exit = weakref.finalize(_ANCHOR, _close_at_exit, self)
 

@@ -19,6 +19,9 @@ from gpu_fsm.status import Answer, Catalog, Evidence, Holder, LoadedModel, Resid
 OLLAMA_PROCESSES = ("ollama", "llama")
 """In the names of Ollama's server and runners: `ollama`, `llama-server`, `ollama_llama_server`."""
 
+ELSEWHERE = 0.1
+"""A load that took less than this share of its size from our card took it from another one, or from none."""
+
 DISK_TO_VRAM = 1.2
 """A model needs more on the card than on disk: context and projector."""
 
@@ -49,6 +52,8 @@ class Observer:
         self._told_free_mib: float | None = None
         self._gpu_expected = False
         self._quiet: tuple[bool, str, float] | None = None  # (VLM in, CLIP's place, free MiB) of the last quiet look
+        self.seems_elsewhere = False
+        """A load that Ollama calls complete took nothing of our card."""
         self._unknown_since: float | None = None
         self._below_since: float | None = None
 
@@ -78,6 +83,7 @@ class Observer:
             clip_device=self._clip.device,
             clip_needed_mib=clip_needed if vram.present else 0.0,
             clip_held_mib=self._clip.held_mib if vram.present else 0.0,
+            clip_context_mib=getattr(self._clip, "context_mib", None) if not self._clip.simulated else None,
             gpu_usable=usable,
             gpu_expected=self._gpu_expected,
             gpu_unusable_reason=self._clip.gpu_unusable_reason,
@@ -193,7 +199,7 @@ class Observer:
         return self._config.vlm_size_mib, "setting"
 
     def vlm_needed_mib(self, *, after_failure: bool = False) -> float:
-        """What a load takes from our card; `after_failure` believes a load that found no room until its word expires."""
+        """What a load takes from our card; `after_failure` believes a load that found no room, for a while."""
         if not self._server.on_our_card or not self.seen.vram.present:
             return 0.0
         needed = self.vlm_size()[0]
@@ -218,6 +224,7 @@ class Observer:
         if not self._server.on_our_card or before.free_mib is None or after.free_mib is None:
             return
         took = before.free_mib - after.free_mib
+        self.seems_elsewhere = model.size_vram_mib > 0 and abs(took) < ELSEWHERE * model.size_vram_mib
         if model.size_vram_mib > 0 and PROOF * model.size_vram_mib <= took <= 1.5 * model.size_vram_mib:
             self.evidence = "measured"
             self._measured_mib = took

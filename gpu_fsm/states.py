@@ -174,7 +174,7 @@ TABLE: tuple[Row, ...] = (
     _row("aborted-superseded", "aborted", MOVING, RELEASING, "superseded", "adopt", "the newer request takes over"),
     _row("aborted-back", "aborted", MOVING, RELEASING, "has_previous", "go_back",
          "a lease won the race; stand as before and wait for it"),
-    _row("aborted", "aborted", MOVING, SHEDDING, "", "degrade_aborted", "a lease stood in the way half-way, for too long"),
+    _row("aborted", "aborted", MOVING, SHEDDING, "", "degrade_aborted", "a lease stood in the way for too long"),
     _row("fault-falls-back", "fault", MOVING, RELEASING, "has_fallback", "fall_back",
          "an error for the caller, the mode for the agent"),
     _row("fault", "fault", MOVING, SHEDDING, "", "degrade_fault", "something broke"),

@@ -227,6 +227,8 @@ class GPUResourceStatus:
     proof: str = ""
     """What this machine can prove about the VLM, in words (an Ollama elsewhere is not on our card)."""
     clip_device: str = "none"
+    clip_context_mib: float | None = None
+    """What this process keeps on the card for life since CLIP's first move up, as measured; no move gives it back."""
     cpu_only: bool = False
     cpu_only_reason: str = ""
     others: tuple[LoadedModel, ...] = ()

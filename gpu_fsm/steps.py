@@ -238,8 +238,8 @@ class Steps:
             if self._superseded():
                 return "aborted"
             deadline = self._clock.monotonic() + self._config.vlm_load_deadline_s
-            model = self._load_once(deadline, interrupt)
-            if not _whole(s, model):
+            model = self._load_once(before, deadline, interrupt)
+            if not self._on_the_card(s, model):
                 model = self._reload(s, model, deadline, interrupt)
         except errors.LoadAborted:
             self._cut_off_at = before
@@ -255,12 +255,12 @@ class Steps:
             self._tell(ForeignEvicted(at=self._clock.monotonic(), models=tuple(sorted(evicted))))
         return "step_done"
 
-    def _load_once(self, deadline: float, interrupt: Interrupt) -> LoadedModel | None:
+    def _load_once(self, before: VRAMInfo, deadline: float, interrupt: Interrupt) -> LoadedModel | None:
         report = self._server.load_model(
             keep_alive_s=self.keep_alive_s,
             deadline_s=max(0.1, deadline - self._clock.monotonic()),
             interrupt=interrupt,
-            before_retry=self._settle_before_retry,
+            before_retry=lambda: self._settle_before_retry(before),
         )
         self.used_server()
         if report.model is not None:
@@ -268,16 +268,32 @@ class Steps:
         self._await_answer()
         return self._residency().ours
 
-    def _settle_before_retry(self) -> None:
-        """A failed load gives its memory back late, and a retry at once would land on the CPU: let it stop rising."""
+    def _settle_before_retry(self, before: VRAMInfo) -> None:
+        """A failed load gives its memory back late, and a retry at once would land on the CPU."""
         deadline = self._clock.monotonic() + self._config.settle_timeout_s
-        last = self._probe.read(self._config.observe_timeout_s).free_mib
-        while last is not None and self._clock.monotonic() < deadline:
-            self._clock.sleep(self._config.settle_poll_s)
+        slack = (1 - PROOF) * self._observer.vlm_needed_mib()
+        while before.free_mib is not None:
             free = self._probe.read(self._config.observe_timeout_s).free_mib
-            if free is None or free <= last:
+            left = deadline - self._clock.monotonic()
+            if free is None or free >= before.free_mib - slack or left <= 0:
                 return
-            last = free
+            self._clock.sleep(min(self._config.settle_poll_s, left))
+
+    def _on_the_card(self, s: Snapshot, model: LoadedModel | None) -> bool:
+        """Wholly on the GPU, as far as Ollama *and the driver* can show.
+
+        `/api/ps` is known to say 100 % GPU for a model that runs on the CPU.  The driver contradicts it where nearly
+        nothing was taken and no process of Ollama's is on its list.
+        """
+        if not _whole(s, model):
+            return False
+        if model is None or s.accept_partial or not s.on_our_card or model.size_vram_mib <= 0:
+            return True
+        before, after = s.seen.vram.free_mib, self._probe.read(self._config.observe_timeout_s).free_mib
+        if before is None or after is None or before - after >= (1 - PROOF) * model.size_vram_mib:
+            return True
+        holders = self._probe.holders()
+        return holders is None or bool(ollama_pids(holders))
 
     def _reload(
         self, s: Snapshot, model: LoadedModel | None, deadline: float, interrupt: Interrupt
@@ -286,15 +302,20 @@ class Steps:
         loaded = self._probe.read(self._config.observe_timeout_s)
         self._take_out(loaded, model)
         if self._config.on_partial_offload == "reload":
-            model = self._load_once(deadline, interrupt)
-            if _whole(s, model):
+            model = self._load_once(loaded, deadline, interrupt)
+            if self._on_the_card(s, model):
                 return model
             self._take_out(self._probe.read(self._config.observe_timeout_s), model)
         self._observer.raise_need(s.seen.vram)
         size, vram = (model.size_mib, model.size_vram_mib) if model else (0.0, 0.0)
+        partly = f"only {vram:.0f} of {size:.0f} MiB of {self._server.model} came to the GPU"
+        nowhere = f"Ollama says that {self._server.model} is on the GPU, but nothing of it came to this card"
+        free_some = "Free GPU memory, use a smaller model or context, or set on_partial_offload to accept."
+        look = "Restart Ollama if it lost its GPU; if it has a card of its own, set ollama_card to other."
+        whole = _whole(s, model)
         raise errors.PartialOffload(
-            detail=f"only {vram:.0f} of {size:.0f} MiB of {self._server.model} came to the GPU",
-            remedy="Free GPU memory, use a smaller model or context, or set on_partial_offload to accept.",
+            detail=nowhere if whole else partly,
+            remedy=look if whole else free_some,
             model=self._server.model,
             size_mib=size,
             size_vram_mib=vram,

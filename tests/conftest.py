@@ -15,6 +15,7 @@ settings.register_profile(
     "ci", deadline=None, max_examples=100, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("thorough", parent=settings.get_profile("ci"), max_examples=2000, derandomize=False)
+settings.register_profile("brief", parent=settings.get_profile("ci"), max_examples=20)
 settings.load_profile("ci")
 
 # Settings of the person who runs the tests must not decide how they end.
@@ -24,6 +25,18 @@ for _name in [name for name in os.environ if name.startswith("GPU_FSM_") or name
 _NEEDED = ("torch", "sentence_transformers")
 _PROPERTY = re.compile(r"\btest_property_(0[1-9]|1[0-3])_|\btest_(invariant|s\d+|l\d+)_", re.IGNORECASE)
 _forbidden_skips: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the live tests find a real server."""
+    group = parser.getgroup("live", "tests against a real Ollama (-m live)")
+    group.addoption("--ollama", metavar="URL", help="the server's address")
+    group.addoption("--model", metavar="NAME", help="a model that it has, small enough to load a dozen times")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker beside its options."""
+    config.addinivalue_line("markers", "live: talks to the server given with --ollama; skipped without one")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -45,11 +45,11 @@ from PIL import Image  # noqa: E402
 from gpu_fsm import clip as clip_module  # noqa: E402
 from gpu_fsm.clip import ACTIVATIONS_MIB, CONTEXT_MIB, CPU_THREADS, CLIPManager, _Weights  # noqa: E402
 from gpu_fsm.vram import VRAMMonitor  # noqa: E402
-from tests.tools import fake_nvml, fakegpu, tiny_clip  # noqa: E402
+from tests.tools import building, fake_nvml, fakegpu, tiny_clip  # noqa: E402
 from tests.tools.fake_nvml import FakeNVML  # noqa: E402
 from tests.tools.fakegpu import FakeGPU  # noqa: E402
 
-needs_device = pytest.mark.skipif(bool(fakegpu.missing()), reason=fakegpu.missing() or "g++ is here")
+needs_device = building.needs(fakegpu.missing())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -621,7 +621,7 @@ def test_moves_are_idempotent(gpu: FakeGPU, make: Making) -> None:
 
 
 @needs_device
-@pytest.mark.skipif(bool(fake_nvml.missing()), reason=fake_nvml.missing() or "gcc is here")
+@building.needs(fake_nvml.missing())
 def test_the_driver_shows_the_move_and_its_undoing(gpu: FakeGPU, make: Making, tmp_path: Path) -> None:
     """Both bodies on one card: what `needed` and `held` promise is what NVML reports, and the context stays."""
     nvml = FakeNVML.create(tmp_path)

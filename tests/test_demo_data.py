@@ -186,7 +186,8 @@ def test_the_story_ends_well(told: Any) -> None:
     assert report["ok"], [(phase["name"], phase["failed"]) for phase in report["phases"]]
     assert report["recognised_share"] >= 0.95
     assert report["falsely_recognised"] == 0
-    assert (report["unknown_found"], report["on_demand_loads"], report["idle_unloads"]) == (len(UNKNOWN), 1, 1)
+    assert report["unknown_found"] == len(UNKNOWN)
+    assert report["on_demand_loads"] == report["idle_unloads"] >= 1
     assert (report["degradations"], report["recoveries"]) == (2, 2)
     assert sum(phase["seconds"] for phase in report["phases"]) < 60
     assert report["simulated"] == ["card", "ollama", "vlm", "clip placement"]
@@ -204,7 +205,8 @@ def test_the_figures_follow_from_journal_and_server_log(told: Any) -> None:
         entry for entry in record.server if entry["path"] == "/api/generate" and entry["images"] and entry["ok"]
     ]
     asked = [step for _, step in record.steps if step.classification and step.classification.source == "vlm"]
-    assert len(answered) == len(asked) == report["vlm_answers"] == len(BASES) + len(UNKNOWN)
+    assert len(answered) == len(asked) == report["vlm_answers"]
+    assert {step.screen for step in asked} >= {entry["file"] for entry in BASES + UNKNOWN}
     truth = {entry["file"]: entry["label"] for entry in ENTRIES}
     autopilot = [step for _, step in record.steps if step.screen in {entry["file"] for entry in VARIATIONS}]
     right = sum(step.result == "recognised" and step.label == truth[step.screen] for step in autopilot)

@@ -84,11 +84,12 @@ def test_a_listener_that_raises_harms_nobody(caplog: pytest.LogCaptureFixture) -
     def broken(event: Event) -> None:
         raise ZeroDivisionError("in a listener")
 
-    manager.subscribe(broken, "mode_changed")
+    leave = manager.subscribe(broken, "mode_changed")
     manager.subscribe(told.append, "mode_changed")
     for mode in ("recording", "autopilot"):
         assert manager.set_execution_mode(mode).granted
     assert len(told) == 2
+    leave()
     assert manager.get_status().listener_errors == 2
     logged = [record for record in caplog.records if record.levelname == "ERROR"]
     assert [record.name for record in logged] == ["gpu_fsm", "gpu_fsm"]
@@ -249,6 +250,6 @@ def test_the_kinds_are_words_of_their_own() -> None:
     """The list of events is complete and no word is used twice."""
     assert {kind.kind for kind in KINDS} == {
         "mode_changed", "state_changed", "resource_changed", "idle_unload", "degraded", "recovered", "vlm_lost",
-        "foreign_evicted",
+        "foreign_evicted", "foreign_consumer",
     }  # fmt: skip
     assert len({kind.kind for kind in KINDS}) == len(KINDS)

@@ -74,6 +74,7 @@ def wire(clock: VirtualClock) -> Wire:
     wire.say("/api/ps", ps(entry("tiny-a:latest")))
     wire.say("/api/tags", {"models": [entry("tiny-a:latest")]})
     wire.say("/api/version", {"version": "0.32.15"})
+    wire.say("/api/show", {"license": ""})
     return wire
 
 
@@ -191,6 +192,7 @@ def test_our_model_is_found_by_digest_under_another_name(virtual: OllamaManager,
 def test_the_digest_is_asked_for_only_when_names_do_not_decide(virtual: OllamaManager, wire: Wire) -> None:
     """One question more where another model is listed, and not again within a minute."""
     wire.say("/api/tags", {"models": []})
+    wire.say("/api/ps", ps())
     virtual.residency(2.0)
     assert [path for path, _ in wire.asked] == ["/api/ps"]
     wire.say("/api/ps", ps(entry("other:1b", OTHER_DIGEST)))
@@ -340,8 +342,26 @@ def test_the_catalog_knows_size_digest_and_sight(virtual: OllamaManager, wire: W
     assert virtual.catalog(1.0) == Catalog(present=Answer.YES, size_mib=8.0, digest=DIGEST, vision=Answer.YES)
     wire.say("/api/tags", {"models": [entry("Tiny-A:latest", capabilities=["completion"])]})
     assert virtual.catalog(1.0).vision is Answer.NO
-    wire.say("/api/tags", {"models": [entry("tiny-a:latest")]})
+    wire.say("/api/tags", {"models": [entry("tiny-a:latest", OTHER_DIGEST)]})
     assert virtual.catalog(1.0).vision is Answer.UNKNOWN
+
+
+def test_sight_is_asked_for_where_the_catalog_does_not_tell(virtual: OllamaManager, wire: Wire) -> None:
+    """Once for each digest; no answer is unknown, and a server that tells nothing is too."""
+    gone = (404, {"error": "model 'tiny-a' not found"})
+    wire.say("/api/show", gone, {"capabilities": []}, {"capabilities": ["vision"]})
+    assert virtual.catalog(1.0).vision is Answer.UNKNOWN
+    assert virtual.catalog(1.0).vision is Answer.UNKNOWN
+    assert [virtual.catalog(1.0).vision for _ in range(3)] == [Answer.YES] * 3
+    assert [path for path, _ in wire.asked].count("/api/show") == 3
+
+
+def test_the_digest_is_learned_from_the_list_too(virtual: OllamaManager, wire: Wire) -> None:
+    """Seen once by name, it is found under an alias, also while `/api/tags` is silent."""
+    wire.say("/api/tags", (503, {"error": "busy"}))
+    assert virtual.residency(1.0).answer is Answer.YES
+    wire.say("/api/ps", ps(entry("alias:latest")))
+    assert virtual.residency(1.0).answer is Answer.YES
 
 
 def test_a_model_that_is_not_there_or_not_here_is_not_present(virtual: OllamaManager, wire: Wire) -> None:
@@ -833,7 +853,7 @@ def test_a_line_without_end_is_cut_off() -> None:
         ask(client(server), 60.0, stream=True)
 
 
-# --- errors beside the table of the server, whose rows are in test_ollama_rows.py --------------------------------------
+# --- errors beside the table of the server, whose rows are in test_ollama_rows.py -------------------------------------
 
 MORE_ERRORS: list[tuple[int, str, type[OllamaError], str]] = [
     (400, 'time: missing unit in duration "-1"', OllamaRequestRejected, "number of seconds"),

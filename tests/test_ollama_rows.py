@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -36,9 +36,9 @@ from gpu_fsm.ollama import OllamaManager
 from gpu_fsm.ports import LoadReport
 from gpu_fsm.simulation import VLM, SimulatedWorld
 from gpu_fsm.status import Answer, ExecutionMode, State
+from tests import worlds
 from tests.ollama_clients import LOADED, WallClock, ask, client, config, entry, line, load, part, ps
 from tests.raw_server import RawServer, Visit, chunked, http, serving
-from tests.worlds import inline
 
 # --- the server's own errors -----------------------------------------------------------------------------------------
 
@@ -156,6 +156,25 @@ def test_an_error_after_the_first_part_of_a_stream_is_an_error(texts: tuple[str,
 
 REPORTED: dict[str, Callable[[], None]] = {}
 CATALOGUE: dict[str, Callable[[], None]] = {}
+
+
+MADE: list[tuple[SimulatedWorld, GPUResourceManager]] = []
+
+
+def inline(world: SimulatedWorld, **settings: Any) -> GPUResourceManager:
+    """A manager that is driven by whoever waits, and closed when the test is over."""
+    manager = worlds.inline(world, **settings)
+    MADE.append((world, manager))
+    return manager
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while MADE:
+        world, manager = MADE.pop()
+        world.faults.heal()
+        manager.close()
 
 
 def row(rows: dict[str, Callable[[], None]], name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:

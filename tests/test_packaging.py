@@ -96,7 +96,7 @@ def test_every_requirement_has_bounds() -> None:
         options += extra.split("\n")
     for requirement in filter(None, options):
         if not requirement.startswith(("gpu-fsm[", "types-")):
-            assert re.fullmatch(r"[a-z-]+(==[\d.]+|>=[\d.]+,<[\d.]+)", requirement), requirement
+            assert re.fullmatch(r"[a-z0-9-]+(==[\d.]+|>=[\d.]+,<[\d.]+)", requirement), requirement
 
 
 def test_warnings_are_errors_in_the_tests() -> None:

@@ -53,7 +53,7 @@ STATUS = [
     "execution_mode", "asked_mode", "state", "since_at", "reason", "hold", "vram", "vlm_model", "vlm_state",
     "vlm_size_mib", "vlm_size_vram_mib", "vlm_size_source", "vlm_ours", "evidence", "proof", "clip_device", "cpu_only",
     "cpu_only_reason", "others", "leftovers", "leases", "timers", "queued", "observed_at", "now_at", "closed",
-    "listener_errors", "simulated",
+    "listener_errors", "card_held_by", "simulated",
 ]  # fmt: skip
 
 HEAVY = (

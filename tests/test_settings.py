@@ -359,6 +359,17 @@ def test_an_address_to_bind_to_becomes_one_to_connect_to(given_url: str, held: s
 # --- credentials -----------------------------------------------------------------------------------------------------
 
 
+def test_a_url_made_of_a_url_keeps_its_credentials() -> None:
+    """A copy of the settings checks its values again, and what it is given is a SecretURL then."""
+    whole = f"http://user:{SECRET}@127.0.0.1:11434"
+    assert SecretURL(SecretURL(whole)).reveal() == whole
+    once = GPUResourceConfig(ollama_url=whole)
+    twice = attrs.evolve(once, idle_timeout_s=5.0)
+    assert isinstance(twice.ollama_url, SecretURL)
+    assert twice.ollama_url.reveal() == whole
+    assert SECRET not in repr(twice)
+
+
 def test_credentials_are_kept_for_the_client_and_never_shown() -> None:
     """`repr`, `str`, `format` and `%s` of URL and config hide them; the text itself is whole."""
     config = GPUResourceConfig(ollama_url=f"http://user:{SECRET}@127.0.0.1:11434")

@@ -837,6 +837,41 @@ def test_3_a_dead_runner_stays_listed_and_the_next_load_revives_it(client: Clien
     assert (world.vlm_resident(), world.card.used_mib) == (True, 5300)
 
 
+def test_3_a_frozen_runner_takes_20_s_to_find_out_and_then_loads_anew(client: Client, world: SimulatedWorld) -> None:
+    """The next load waits for two pings; ps blocks for as long; an unload of it works at once."""
+    client.load()
+    assert world.ollama.freeze_runner(VLM)
+    load = world.ollama.foreign_load(VLM)
+    world.clock.advance(1)
+    asked = world.clock.monotonic()
+    assert client.names() == []
+    assert world.clock.monotonic() - asked == pytest.approx(19, abs=0.5)
+    world.clock.advance(6)
+    assert (load.status, client.names(), world.ollama.counts["loads"]) == (200, [VLM], 2)
+    assert world.ollama.freeze_runner(VLM)
+    client.unload()
+    world.clock.advance(1)
+    assert (client.names(), world.card.used_mib) == ([], 300)
+    assert not world.ollama.freeze_runner(VLM)
+
+
+def test_3_what_runs_on_a_frozen_runner_holds_up_its_unload_until_the_client_leaves(
+    client: Client, world: SimulatedWorld
+) -> None:
+    """There is no time limit on the server's side."""
+    client.load()
+    busy = world.ollama.foreign_generate(VLM)
+    world.clock.advance(0.1)
+    world.ollama.freeze_runner(VLM)
+    client.unload()
+    world.clock.advance(1000)
+    assert (client.names(), busy.closed) == ([VLM], False)
+    with world.clock.turn:
+        busy.leave()
+    world.clock.advance(1)
+    assert client.names() == []
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_1_8_a_runner_killed_before_the_first_byte_is_a_500(
     client: Client, world: SimulatedWorld, stream: bool

@@ -1,4 +1,4 @@
-"""Short stories for the rows that chance seldom takes: each says what must happen, and the world is asked whether it did."""
+"""Short stories for the rows that chance seldom takes: each says what must happen, and the world is asked."""
 
 from __future__ import annotations
 
@@ -361,7 +361,7 @@ def in_the_middle(machine: GPUStateMachine, op: str, phase: str, act: Callable[[
 
 @pytest.mark.parametrize("lease_ends", [True, False])
 def test_a_lease_taken_half_way_is_waited_for_and_not_for_ever(lease_ends: bool) -> None:
-    """While the VLM loads CLIP serves on the CPU; a preempting AUTOPILOT needs it on the GPU and waits for the encode."""
+    """While the VLM loads CLIP serves on the CPU; a preempting AUTOPILOT needs it up and waits for the encode."""
     with story() as machine:
         manager, world = machine.manager, machine.world
         machine.oracle.inputs += 2
@@ -405,3 +405,60 @@ def test_clip_serves_while_the_vlm_loads() -> None:
         manager.set_execution_mode("recording")
 
         assert [1] == served
+
+
+def test_another_clients_vlm_is_not_unloaded_once_the_fight_is_given_up() -> None:
+    """In DEGRADED(external_client) the model is left to the other client, also by the tidying up that follows."""
+    with story(troubles=set()) as machine:
+        manager, world = machine.manager, machine.world
+        manager.set_execution_mode("autopilot")
+        for _ in range(manager.config.reassert_limit + 1):
+            world.ollama.foreign_load(world.vlm.name)
+            manager.drive_for(manager.config.check_interval_s + world.vlm.load_s + 1)
+        machine.troubled = True
+        reason = manager.get_status().reason
+        assert reason is not None
+        assert "external_client" == reason.code
+        unloads = [entry for entry in world.ollama.log if entry.op == "ollama.unload" and entry.client == "us"]
+        manager.drive_for(120.0)
+
+        assert manager.config.reassert_limit == len(unloads)
+        assert unloads == [e for e in world.ollama.log if e.op == "ollama.unload" and e.client == "us"]
+
+
+def test_a_load_is_tried_again_only_when_the_memory_of_the_first_try_is_back() -> None:
+    """Memory that comes back late and at once must not be taken for settled."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 1
+        world.ollama.reclaim_s = 3.0
+        world.faults.arm("ollama.load", "runner_dies", times=1)
+        machine.troubled = True
+        manager.set_execution_mode("recording")
+        loads = [entry for entry in world.ollama.log if entry.op == "ollama.load"]
+        took = [change for change in world.card.history if change.owner.startswith("ollama") and change.delta_mib > 0]
+
+        assert 2 == len(loads)
+        gave = [change for change in world.card.history if change.owner.startswith("ollama") and change.delta_mib < 0]
+        assert all(loads[1].at >= change.at for change in gave if change.at < took[-1].at)
+
+
+def test_a_vlm_that_the_driver_does_not_see_is_not_on_the_gpu() -> None:
+    """`/api/ps` says 100 % GPU, nothing was taken from the card and no process of Ollama's is on it."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 1
+
+        def hide(op: str, phase: str) -> None:
+            """The runner computes on the CPU: its memory is not on the card, whatever Ollama says."""
+            if (op, phase) == ("ollama.load", "after"):
+                for owner in [name for name in world.card.owners() if name.startswith("ollama")]:
+                    world.card.give_back(owner)
+
+        world.on_io.append(hide)
+        machine.troubled = True
+        outcome = manager.set_execution_mode("recording")
+        world.on_io.remove(hide)
+
+        assert outcome.reason is not None
+        assert "gpu_not_used" == outcome.reason.code

@@ -100,7 +100,7 @@ class Oracle:
         return self.manager._driver.mailbox.closed
 
     def _renewal_became_a_load(self) -> bool:
-        """`/api/ps` lists dead runners, and 0.24 also those that load: a renewal of such a one starts or joins a load."""
+        """`/api/ps` lists dead runners, and 0.24 also those that load: a renewal of these starts or joins a load."""
         journal = self.manager.journal
         return bool(journal) and journal[-1].row == "renew" and (self.hearsay() or self._retrying())
 

@@ -19,7 +19,7 @@ enum { DEVICES = 8, PROCESSES = 8 };
 struct function { int32_t error, after, times, delay_us, calls, unused; };
 struct process { uint32_t pid, lists; uint64_t used; char name[48]; };
 struct device {
-    uint64_t total, reserved, used;
+    uint64_t total, reserved, used, peak, refused;
     int32_t mem_error, handle_error, parent, mig, processes, unused;
     char uuid[96], name[64], pci[32];
     struct process process[PROCESSES];
@@ -41,6 +41,25 @@ int fake_nvml_attach(const char *path) {
     /* The old mapping stays: a thread of an earlier driver may still be inside a call. */
     state = at;
     return (int)sizeof(struct state);
+}
+
+/* Allocate on a card for a process that is not the caller of NVML; 0 if it did not fit, and then nothing was taken. */
+int fake_nvml_take(int index, uint64_t bytes) {
+    struct device *d = &state->device[index];
+    uint64_t before = __atomic_load_n(&d->used, __ATOMIC_SEQ_CST);
+    do {
+        if (before + d->reserved + bytes > d->total) {
+            __atomic_add_fetch(&d->refused, 1, __ATOMIC_SEQ_CST);
+            return 0;
+        }
+    } while (!__atomic_compare_exchange_n(&d->used, &before, before + bytes, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+    uint64_t now = before + bytes, seen = __atomic_load_n(&d->peak, __ATOMIC_SEQ_CST);
+    while (seen < now && !__atomic_compare_exchange_n(&d->peak, &seen, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {}
+    return 1;
+}
+
+void fake_nvml_give(int index, uint64_t bytes) {
+    __atomic_sub_fetch(&state->device[index].used, bytes, __ATOMIC_SEQ_CST);
 }
 
 /* Count the call, wait as told, and give the error that is due, if any. */

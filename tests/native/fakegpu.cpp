@@ -44,9 +44,9 @@ struct InKernel {
 
 struct Books {
   std::mutex lock;
-  uint64_t own_total = 8ull << 30, own_used = 0, own_reserved = 0;
+  uint64_t own_total = 8ull << 30, own_used = 0, own_reserved = 0, own_peak = 0;
   // The card's own figures, or those of a card of the fake NVML, which other processes draw on too.
-  uint64_t *total = &own_total, *used = &own_used, *driver = &own_reserved;
+  uint64_t *total = &own_total, *used = &own_used, *driver = &own_reserved, *card_peak = &own_peak;
   uint64_t context = 0, context_paid = 0;
   uint64_t allocated = 0, reserved = 0, peak = 0;
   int64_t allocations = 0, all_allocations = 0, fail_at = -1;
@@ -61,6 +61,10 @@ struct Books {
     do {
       if (before + *driver + bytes > *total) return false;
     } while (!__atomic_compare_exchange_n(used, &before, before + bytes, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+    uint64_t now = before + bytes, seen = __atomic_load_n(card_peak, __ATOMIC_SEQ_CST);
+    while (seen < now &&
+           !__atomic_compare_exchange_n(card_peak, &seen, now, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    }
     return true;
   }
   void give(uint64_t bytes) { __atomic_sub_fetch(used, bytes, __ATOMIC_SEQ_CST); }
@@ -352,7 +356,7 @@ void fakegpu_reset(uint64_t total, uint64_t context) {
 }
 
 // Keep the books in somebody else's memory, as the fake NVML's shared file; null for our own.
-void fakegpu_link(uint64_t* total, uint64_t* used, uint64_t* driver) {
+void fakegpu_link(uint64_t* total, uint64_t* used, uint64_t* driver, uint64_t* peak) {
   auto& b = books();
   std::lock_guard<std::mutex> guard(b.lock);
   uint64_t mine = b.reserved + (b.has_context ? b.context_paid : 0);
@@ -360,6 +364,7 @@ void fakegpu_link(uint64_t* total, uint64_t* used, uint64_t* driver) {
   b.total = total ? total : &b.own_total;
   b.used = used ? used : &b.own_used;
   b.driver = driver ? driver : &b.own_reserved;
+  b.card_peak = peak ? peak : &b.own_peak;
   __atomic_add_fetch(b.used, mine, __ATOMIC_SEQ_CST);
 }
 

@@ -45,7 +45,7 @@ class _Process(ctypes.Structure):
 
 class _Device(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("total", "reserved", "used")),
+        *((name, ctypes.c_uint64) for name in ("total", "reserved", "used", "peak", "refused")),
         *((name, ctypes.c_int32) for name in ("mem_error", "handle_error", "parent", "mig", "processes", "unused")),
         ("uuid", ctypes.c_char * 96),
         ("name", ctypes.c_char * 64),
@@ -98,7 +98,8 @@ class FakeNVML:
 
     def __init__(self, library: Path, path: Path) -> None:
         self.library, self.path = library, path
-        path.write_bytes(bytes(ctypes.sizeof(_State)))
+        if not path.exists():
+            path.write_bytes(bytes(ctypes.sizeof(_State)))
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
         self.state = _State.from_buffer(self._map)
@@ -107,6 +108,11 @@ class FakeNVML:
     def create(cls, folder: Path) -> FakeNVML:
         """Start a driver without cards, its state in `folder`."""
         return cls(build(), folder / "nvml.state")
+
+    @classmethod
+    def attach(cls, path: Path) -> FakeNVML:
+        """Join a driver that another process has started."""
+        return cls(build(), path)
 
     def add_gpu(
         self,
@@ -169,14 +175,21 @@ class FakeNVML:
         path = f"{self.library.parent}{':' + found if found else ''}"
         return {**kept, "LD_LIBRARY_PATH": path, "FAKE_NVML_STATE": str(self.path)}
 
+    def load(self) -> ctypes.CDLL:
+        """The library in this process, over this driver's cards."""
+        library = ctypes.CDLL(str(self.library))
+        library.fake_nvml_attach.argtypes = [ctypes.c_char_p]
+        library.fake_nvml_take.argtypes = library.fake_nvml_give.argtypes = [ctypes.c_int, ctypes.c_uint64]
+        library.fake_nvml_give.restype = None
+        assert library.fake_nvml_attach(str(self.path).encode()) == ctypes.sizeof(_State), "the layouts differ"
+        return library
+
     @contextlib.contextmanager
     def active(self) -> Iterator[FakeNVML]:
         """Let this process's pynvml use the library, as if it had loaded it itself."""
         import pynvml
 
-        library = ctypes.CDLL(str(self.library))
-        library.fake_nvml_attach.argtypes = [ctypes.c_char_p]
-        assert library.fake_nvml_attach(str(self.path).encode()) == ctypes.sizeof(_State), "the layouts differ"
+        library = self.load()
         before = pynvml.nvmlLib, dict(pynvml._nvmlGetFunctionPointer_cache)
         pynvml.nvmlLib = library
         pynvml._nvmlGetFunctionPointer_cache.clear()

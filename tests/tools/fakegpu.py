@@ -76,7 +76,7 @@ class FakeGPU:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         library.fakegpu_reset.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
-        library.fakegpu_link.argtypes = [ctypes.c_void_p] * 3
+        library.fakegpu_link.argtypes = [ctypes.c_void_p] * 4
         library.fakegpu_fail_allocation.argtypes = [ctypes.c_int64]
         library.fakegpu_break.argtypes = [ctypes.c_int]
         library.fakegpu_figures.argtypes = [ctypes.POINTER(ctypes.c_int64)]
@@ -91,11 +91,11 @@ class FakeGPU:
         """Draw on a card of the fake NVML, together with every other process that does."""
         device = nvml.state.device[index]
         base = ctypes.addressof(device)
-        at = {name: base + getattr(type(device), name).offset for name in ("total", "used", "reserved")}
-        self._library.fakegpu_link(at["total"], at["used"], at["reserved"])
+        at = {name: base + getattr(type(device), name).offset for name in ("total", "used", "reserved", "peak")}
+        self._library.fakegpu_link(at["total"], at["used"], at["reserved"], at["peak"])
 
     def unlink(self) -> None:
-        self._library.fakegpu_link(None, None, None)
+        self._library.fakegpu_link(None, None, None, None)
 
     def fail_allocation(self, n: int) -> None:
         """Let the n-th allocation from now run out of memory, kernels' included; 0 is the next, -1 none."""

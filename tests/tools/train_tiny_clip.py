@@ -806,6 +806,7 @@ def save(model: Any, out: Path) -> None:
         size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # written for the owner alone, which a package must not be
     CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(out)
 
 
@@ -957,8 +958,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     home = Path(__file__).resolve().parents[2]
     parser.add_argument("--out", type=Path, default=home / "gpu_fsm" / "data" / "tiny-clip")
-    parser.add_argument("--layouts", type=int, default=6000)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--layouts", type=int, default=4000)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch", type=int, default=120)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--processes", type=int, default=2)
