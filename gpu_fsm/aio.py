@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -167,21 +167,42 @@ class AsyncVLM:
     ) -> AsyncIterator[Completion]:
         """See `VLM.stream`; use `contextlib.aclosing` where you stop early."""
         parts = self._vlm.stream(prompt, images=images, format=format, timeout_s=timeout_s)
-        running: asyncio.Future[Completion | None] | None = None
-        try:
-            while True:
-                running = asyncio.ensure_future(asyncio.to_thread(next, parts, None))
-                part = await asyncio.shield(running)
-                running = None
-                if part is None:
-                    return
+        async with contextlib.aclosing(_parts(parts)) as following:
+            async for part in following:
                 yield part
-        finally:
-            if running is None or running.done():
-                parts.close()
-            else:
-                # A thread still waits for the next part: the stream is closed as soon as it has it, and nobody waits.
-                running.add_done_callback(lambda _: parts.close())
+
+    async def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        format: Mapping[str, Any] | str | None = None,  # noqa: A002 - Ollama's word
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Completion]:
+        """See `VLM.stream_chat`; use `contextlib.aclosing` where you stop early."""
+        async with contextlib.aclosing(
+            _parts(self._vlm.stream_chat(messages, format=format, timeout_s=timeout_s))
+        ) as following:
+            async for part in following:
+                yield part
+
+
+async def _parts(parts: Generator[Completion, None, None]) -> AsyncGenerator[Completion, None]:
+    """The parts of a stream, each waited for in a thread."""
+    running: asyncio.Future[Completion | None] | None = None
+    try:
+        while True:
+            running = asyncio.ensure_future(asyncio.to_thread(next, parts, None))
+            part = await asyncio.shield(running)
+            running = None
+            if part is None:
+                return
+            yield part
+    finally:
+        if running is None or running.done():
+            parts.close()
+        else:
+            # A thread still waits for the next part: the stream is closed as soon as it has it, and nobody waits.
+            running.add_done_callback(lambda _: parts.close())
 
 
 class AsyncCLIP:

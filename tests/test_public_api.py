@@ -51,7 +51,8 @@ ASYNC = {
 
 STATUS = [
     "execution_mode", "asked_mode", "state", "since_at", "reason", "hold", "vram", "vlm_model", "vlm_state",
-    "vlm_size_mib", "vlm_size_vram_mib", "vlm_size_source", "vlm_ours", "evidence", "proof", "clip_device", "cpu_only",
+    "vlm_size_mib", "vlm_size_vram_mib", "vlm_size_source", "vlm_ours", "evidence", "proof", "clip_device",
+    "clip_context_mib", "cpu_only",
     "cpu_only_reason", "others", "leftovers", "leases", "timers", "queued", "observed_at", "now_at", "closed",
     "listener_errors", "card_held_by", "simulated",
 ]  # fmt: skip
@@ -96,7 +97,13 @@ def test_the_asyncio_face_has_these_verbs() -> None:
 
 def test_leases_give_these_calls() -> None:
     """What the holder of a VLM or a CLIP can do."""
-    assert {name for name in public(VLM) if not name.startswith("_")} == {"model", "generate", "chat", "stream"}
+    assert {name for name in public(VLM) if not name.startswith("_")} == {
+        "model",
+        "generate",
+        "chat",
+        "stream",
+        "stream_chat",
+    }
     assert {name for name in public(CLIP) if not name.startswith("_")} == {"device", "encode"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -462,3 +463,53 @@ def test_a_vlm_that_the_driver_does_not_see_is_not_on_the_gpu() -> None:
 
         assert outcome.reason is not None
         assert "gpu_not_used" == outcome.reason.code
+
+
+def test_a_holder_that_takes_a_second_lease_in_the_last_moment_wins() -> None:
+    """Between counting and moving a holder may still pass: the move gives way, the ticket waits, then goes on."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 2
+        manager.set_execution_mode("autopilot")
+        second = contextlib.ExitStack()
+
+        class LastMoment(logging.Handler):
+            """The record of the transition is written after the count and before the move."""
+
+            def emit(self, record: logging.LogRecord) -> None:
+                if "AUTOPILOT -> RELEASING" in record.getMessage():
+                    logging.getLogger("gpu_fsm").removeHandler(self)
+                    second.enter_context(manager.clip(holder="the second"))
+
+        logger, handler = logging.getLogger("gpu_fsm"), LastMoment()
+        level = logger.level
+        with manager.vlm(holder="the first"):
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+            future = elsewhere(lambda: manager.submit_execution_mode("recording"))
+            manager.drive_for(2.0)
+            logger.setLevel(level)
+            assert (State.AUTOPILOT, "gpu") == (manager.get_status().state, world.clip.place)
+            assert "aborted-back" in rows(machine)
+            assert not future.done()
+            second.close()
+            manager.drive_for(2.0)
+
+        assert future.result(0).granted
+        assert "cpu" == world.clip.place
+
+
+def test_a_mode_that_nobody_can_confirm_by_the_deadline_is_not_told() -> None:
+    """The load was answered, and then Ollama fell silent: DEGRADED with that reason, and RECORDING when it speaks."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 1
+        machine.troubled = True
+        in_the_middle(machine, "ollama.load", "after", lambda: world.faults.arm("ollama.ps", "hang", times=None))
+        outcome = manager.set_execution_mode("recording")
+        assert outcome.reason is not None
+        assert ("ollama_unknown", "undecided") == (outcome.reason.code, rows(machine)[-2])
+        world.faults.heal()
+        manager.drive_for(manager.config.recover_cap_s)
+
+        assert State.RECORDING is manager.get_status().state
