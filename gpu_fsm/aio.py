@@ -216,11 +216,19 @@ class AsyncCLIP:
         """See `CLIP.device`."""
         return self._clip.device
 
-    async def encode(self, items: Sequence[object], *, batch_size: int = 32, normalize: bool = True) -> Embeddings:
-        """See `CLIP.encode`."""
+    async def encode(
+        self,
+        items: Sequence[object],
+        *,
+        batch_size: int = 32,
+        normalize: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Embeddings:
+        """See `CLIP.encode`; `progress` is called in the working thread."""
         encode = self._clip.encode
+        options: dict[str, Any] = {"batch_size": batch_size, "normalize": normalize, "progress": progress}
         # A cancelled waiter must not end the lease under a running encode, so the call is waited out.
-        running = asyncio.ensure_future(asyncio.to_thread(encode, items, batch_size=batch_size, normalize=normalize))
+        running = asyncio.ensure_future(asyncio.to_thread(encode, items, **options))
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:

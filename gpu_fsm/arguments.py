@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
+import sys
 import threading
 
 from gpu_fsm.errors import BadArgument
@@ -39,8 +39,9 @@ def as_timeout(timeout_s: object) -> float | None:
 
 def default_holder() -> str:
     """A name for a lease that was given none: the task's or the thread's."""
+    asyncio = sys.modules.get("asyncio")  # where nobody has imported it there is no task
     with contextlib.suppress(RuntimeError):
-        task = asyncio.current_task()
+        task = asyncio.current_task() if asyncio else None
         if task is not None:
-            return task.get_name()
+            return str(task.get_name())
     return threading.current_thread().name

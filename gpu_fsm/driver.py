@@ -69,6 +69,7 @@ class Driver:
         self._listener_errors = 0
         self._events: queue.Queue[Event | None] = queue.Queue(maxsize=BACKLOG)
         self._reports: list[errors.GPUFSMError] = []
+        self._lost = False
         self._post_lock = threading.Lock()
         self._closing: Ticket | None = None
         self.closed = False
@@ -266,10 +267,21 @@ class Driver:
         due = [(at, name) for name, at in engine.timers().items() if at <= now and name != "drain"]
         if due:
             engine.fire_timer(min(due)[1])
-            if self.card_lock is not None:
-                self.card_lock.watch(self._status.vram.device_uuid)
+            self._mind_the_card()
             return self._after()
         return False
+
+    def _mind_the_card(self) -> None:
+        """After a look in a standing mode: whose card it is, and whether it is still there."""
+        card = self._status.vram
+        if self.card_lock is not None:
+            self.card_lock.watch(card.device_uuid)
+        # Tensors on a lost card still say that they are there, so no placement shows it: once for every loss.
+        if card.lost and not self._lost:
+            self._reports.append(
+                errors.GpuLost(detail=card.detail or "the GPU is gone", remedy="Restart the program once it is back.")
+            )
+        self._lost = card.lost
 
     def _after(self) -> bool:
         """Close for good once the close ticket has been answered."""

@@ -535,12 +535,14 @@ class Engine:
 
     def act_degrade_pressure(self, s: Snapshot) -> None:
         """The card has been full for too long."""
+        holders = self._observer.look_at_holders().foreign_holders
+        held = f"; held by {', '.join(holders)}" if holders else ""
         self._failure = errors.InsufficientVRAM(
-            detail=f"less than {self.config.floor_mib:g} MiB free for {self.config.pressure_s:g} s",
+            detail=f"less than {self.config.floor_mib:g} MiB free for {self.config.pressure_s:g} s{held}",
             remedy="Close a program that uses the GPU.",
             needed_mib=self.config.floor_mib,
             free_mib=s.seen.vram.free_mib,
-            holders=s.seen.foreign_holders,
+            holders=holders,
         )
 
     def act_degrade_lost(self, s: Snapshot) -> None:
@@ -784,13 +786,20 @@ class Engine:
         try:
             outcome = self._do_step(state)
         except GPUFSMError as error:
-            self._failure = self._named(error)
+            self._failure = self._with_holders(self._named(error))
             outcome = "fault"
         except Exception as error:
             log.exception("gpu_fsm: %s broke", state.name)
             self._failure = errors.InternalError(detail=one_line(repr(error)), remedy="Please report it.")
             outcome = "fault"
         self.machine.raise_event(outcome)
+
+    def _with_holders(self, error: GPUFSMError) -> GPUFSMError:
+        """Add who holds memory, where the driver tells, to what ran out of it in a step."""
+        if error.code != errors.InsufficientVRAM.code or isinstance(error, errors.InsufficientVRAM):
+            return error
+        holders = self._observer.look_at_holders().foreign_holders
+        return attrs.evolve(error, detail=f"{error.detail}; held by {', '.join(holders)}") if holders else error
 
     def _do_step(self, state: State) -> str:
         try:

@@ -13,10 +13,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from gpu_fsm import errors
-from gpu_fsm.aio import AsyncVerbs
 from gpu_fsm.arguments import as_mode, as_timeout, default_holder
 from gpu_fsm.cardlock import CardLock
 from gpu_fsm.driver import Driver, Listener
@@ -28,6 +27,9 @@ from gpu_fsm.ports import CLIPHost, Clock, NoCLIP, RealClock, VLMServer, VRAMPro
 from gpu_fsm.settings import GPUResourceConfig, load_config
 from gpu_fsm.status import ClipPlace, ExecutionMode, GPUResourceStatus
 from gpu_fsm.tickets import Outcome
+
+if TYPE_CHECKING:
+    from gpu_fsm.aio import AsyncVerbs
 
 
 class _Anchor:
@@ -45,6 +47,10 @@ class GPUResourceManager:
 
     `config` None reads the environment and the configuration file.  The four ports default to the real ones; a
     simulation passes its own.  `threaded=False` drives in the calling thread, for tests in virtual time.
+
+    One manager acts on a card.  Another one of the same user, in this or any process, only looks: its requests raise
+    `CardHeld`, `get_status().card_held_by` says who acts, CLIP serves from the CPU, and it takes over when the first
+    has been closed or has died.
     """
 
     _shared: ClassVar[GPUResourceManager | None] = None
@@ -207,6 +213,8 @@ class GPUResourceManager:
     def aio(self) -> AsyncVerbs:
         """The same verbs for asyncio, usable from several event loops at once."""
         if self._aio is None:
+            from gpu_fsm.aio import AsyncVerbs  # asyncio costs a third of the import, and many never need it
+
             self._aio = AsyncVerbs(self._driver, self.close)
         return self._aio
 

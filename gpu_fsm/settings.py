@@ -17,7 +17,6 @@ import numbers
 import operator
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -704,6 +703,8 @@ def _from_environment(environ: Mapping[str, str], known: tuple[str, ...]) -> tup
 
 
 def _from_file(path: Path, known: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    import tomllib
+
     source = one_line(path)
 
     def broken(detail: str, remedy: str = "") -> ConfigError:

@@ -482,7 +482,7 @@ class VRAMMonitor:
                 nvml.nvmlShutdown()
 
     def _holders(self) -> tuple[Holder, ...]:
-        self._read_driver()
+        self._read_spaced()
         if self._card is None:
             raise _Fault(UNINITIALIZED, "no card")
         shares: dict[int, float | None] = {}
