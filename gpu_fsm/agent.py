@@ -100,14 +100,16 @@ class Screen:
 
     def image(self) -> Image:
         """Decode to RGB.  Raises `BadArgument` for bytes that are no whole image."""
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         try:
             with Image.open(io.BytesIO(self.data)) as opened:
                 return opened.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            unknown = isinstance(error, UnidentifiedImageError)  # its own text names our buffer, not the file
+            why = "an unknown format, or damaged" if unknown else one_line(error, 80)
             raise BadArgument(
-                detail=f"{one_line(self.name)} is no image that can be read: {one_line(error, 80)}",
+                detail=f"{one_line(self.name)} is no image that can be read: {why}",
                 remedy="Remove the file or store it again as a PNG.",
             ) from error
 

@@ -69,7 +69,6 @@ class Driver:
         self._listener_errors = 0
         self._events: queue.Queue[Event | None] = queue.Queue(maxsize=BACKLOG)
         self._reports: list[errors.GPUFSMError] = []
-        self._lost = False
         self._post_lock = threading.Lock()
         self._closing: Ticket | None = None
         self.closed = False
@@ -203,7 +202,7 @@ class Driver:
             if future.done():
                 return future.result()  # it came in the same moment; or the error is the answer
             raise errors.OperationTimeout(
-                detail=f"no answer within {timeout_s:g} s; the operation goes on",
+                detail=f"no answer within {timeout_s or 0:g} s; the operation goes on",
                 remedy="Wait longer, or look at get_status().",
                 timeout_s=timeout_s or 0.0,
             ) from error
@@ -272,16 +271,9 @@ class Driver:
         return False
 
     def _mind_the_card(self) -> None:
-        """After a look in a standing mode: whose card it is, and whether it is still there."""
-        card = self._status.vram
+        """After a look in a standing mode: whose card it is."""
         if self.card_lock is not None:
-            self.card_lock.watch(card.device_uuid)
-        # Tensors on a lost card still say that they are there, so no placement shows it: once for every loss.
-        if card.lost and not self._lost:
-            self._reports.append(
-                errors.GpuLost(detail=card.detail or "the GPU is gone", remedy="Restart the program once it is back.")
-            )
-        self._lost = card.lost
+            self.card_lock.watch(self._status.vram.device_uuid)
 
     def _after(self) -> bool:
         """Close for good once the close ticket has been answered."""

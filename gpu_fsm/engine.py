@@ -213,8 +213,9 @@ class Engine:
 
     def interrupt(self, ticket: Ticket) -> None:
         """From the posting thread: a preempting ticket arrived.  Cuts off a load that it has no use for."""
-        if ticket.seq > self._seq and not ticket.wants_vlm:
-            self._steps.interrupt_load()
+        running = self._steps.running_load  # fetched first: a load that begins later is not the one that is meant
+        if running is not None and ticket.seq > self._seq and not ticket.wants_vlm:
+            running.set()
 
     # --- Looking ---
 
@@ -305,7 +306,8 @@ class Engine:
                 return Aim(mode=ticket.mode, plan=target(ticket.mode, None, s))
             case "vlm_wanted":
                 hold = hold_of(mode, Hold.WANTED)
-                if not degraded and hold is not None and self._standing.hold is hold:
+                stands = self._standing.hold is hold and guards.placed(attrs.evolve(s, aim=self._standing))
+                if not degraded and hold is not None and stands:
                     return self._standing
                 return Aim(mode=mode, hold=hold, plan=target(mode, Hold.WANTED, s), fallback=self._fallback(s))
             case "vlm_unwanted" if degraded:
@@ -315,8 +317,9 @@ class Engine:
                 return Aim(mode=mode, hold=hold_of(mode, Hold.PARKED), plan=target(mode, Hold.PARKED, s), idle=idle)
             case "migrate_clip":
                 assert ticket is not None
-                held = True if self._standing.hold is Hold.WANTED else None
-                return Aim(mode=self.mode, hold=self._standing.hold, plan=Plan(clip=ticket.place, vlm=held))
+                # A VLM that has gone, or that nobody can see, is not fetched back because CLIP moves.
+                kept = self._standing.hold if self._standing.hold is Hold.WANTED and s.resident else None
+                return Aim(mode=self.mode, hold=kept, plan=Plan(clip=ticket.place, vlm=True if kept else None))
             case "close":
                 stuck = s.drain_over and bool(self._leases.holders().clip)
                 release = self._observer.vlm_ours and self.config.on_close == "release"
@@ -381,7 +384,9 @@ class Engine:
             if ticket.waiting_since is None:
                 ticket.waiting_since = now
         if self.waiting:
-            self._mailbox.put_back(self.waiting)  # somebody it waits for has to wait, too: that one first
+            # Somebody it waits for has to wait, too: that one first.
+            for ticket in self._mailbox.put_back(self.waiting):
+                ticket.refuse(errors.displaced_by("request"))
         self.waiting = self._serving
         self._waiting_models = s.models_to_move
 
@@ -477,6 +482,19 @@ class Engine:
         self._serving = successors
         for_stable = attrs.evolve(s, trigger=head.kind, asked=head.mode)
         aim = self._aim_of_ticket(head, for_stable)
+        holders = self._leases.holders()
+        of_caller = attrs.evolve(
+            for_stable,
+            aim=aim,
+            vlm_held_by_caller=bool(holders.vlm & head.holds),
+            clip_held_by_caller=bool(holders.clip & head.holds),
+        )
+        if head.kind != "close" and guards.blocked_by_caller(of_caller):
+            self.act_refuse_lease_held(of_caller)
+            self._seq = max(self._seq, newest(successors))
+            self._pursue(Aim(mode=ExecutionMode.IDLE), previous=None, keep_released=True)
+            self.asked_mode = ExecutionMode.IDLE
+            return
         if head.mode is not None:
             self.asked_mode = head.mode
         self._pursue(aim, previous=None, keep_released=True)
@@ -531,6 +549,12 @@ class Engine:
             detail=f"no definite answer for {self.config.unknown_max_s:g} s ({s.seen.residency.detail or 'silent'})",
             remedy=guards.START_OLLAMA,
             model=self._server.model,
+        )
+
+    def act_degrade_gpu_lost(self, s: Snapshot) -> None:
+        """The card has gone under what was promised."""
+        self._failure = errors.GpuLost(
+            detail=s.seen.vram.detail or "the GPU has gone", remedy="Restart the agent once it is back."
         )
 
     def act_degrade_pressure(self, s: Snapshot) -> None:
@@ -699,20 +723,20 @@ class Engine:
                 vram=seen.vram,
                 vlm_model=self._server.model,
                 vlm_state=self._vlm_state(),
-                vlm_size_mib=model.size_mib if model else size,
+                vlm_size_mib=size,
                 vlm_size_vram_mib=model.size_vram_mib if model else None,
-                vlm_size_source="resident" if model else source,
+                vlm_size_source=source,
                 vlm_ours=self._observer.vlm_ours,
                 evidence=self._observer.evidence,
                 proof=self._proof(),
                 clip_context_mib=seen.clip_context_mib,
                 clip_device=seen.clip_device if seen.at else self._clip.device,
-                cpu_only=not present and not seen.vram.lost,
+                cpu_only=self._observer.looked and not present and not seen.vram.lost,
                 cpu_only_reason="" if present or seen.vram.lost else seen.vram.detail or seen.gpu_unusable_reason,
                 others=residency.others,
                 leftovers=self._leftovers,
                 timers=tuple(TimerInfo(name=name, due_at=due) for name, due in sorted(self.timers().items())),
-                observed_at=seen.at or None,
+                observed_at=seen.at if self._observer.looked else None,
                 simulated=tuple(
                     name
                     for name, port in (("ollama", self._server), ("clip", self._clip), ("card", self._probe))
@@ -730,6 +754,8 @@ class Engine:
         return {Answer.YES: ModelState.LOADED, Answer.NO: ModelState.UNLOADED}.get(answer, ModelState.UNKNOWN)
 
     def _proof(self) -> str:
+        if not self._observer.looked:
+            return "nothing has been looked at yet"
         if not self._server.on_our_card:
             return "Ollama runs on another machine or card: proof rests on /api/ps alone"
         if not self._observer.seen.vram.present:
@@ -799,7 +825,8 @@ class Engine:
         if error.code != errors.InsufficientVRAM.code or isinstance(error, errors.InsufficientVRAM):
             return error
         holders = self._observer.look_at_holders().foreign_holders
-        return attrs.evolve(error, detail=f"{error.detail}; held by {', '.join(holders)}") if holders else error
+        remedy = f"{error.remedy} Held by {', '.join(holders)}.".strip()
+        return attrs.evolve(error, remedy=remedy) if holders else error
 
     def _do_step(self, state: State) -> str:
         try:
@@ -877,9 +904,14 @@ class Engine:
         cause = self._failure.code if self._failure else self._reason.code if self._reason else ""
         return cause in (errors.ExternalClient.code, errors.LeaseTimeout.code)
 
+    def _leaves_the_vlm(self) -> bool:
+        """A close that has nothing of ours to give back in Ollama sends it nothing."""
+        closing = any(ticket.kind == "close" for ticket in self._serving)
+        return closing and not (self._observer.vlm_ours and self.config.on_close == "release")
+
     def _on_shedding(self) -> None:
         try:
-            self._leftovers = self._steps.shed(hands_off_vlm=self._hands_off())
+            self._leftovers = self._steps.shed(hands_off_vlm=self._hands_off() or self._leaves_the_vlm())
         except Exception:
             log.exception("gpu_fsm: shedding broke")
             self._leftovers = ("unknown: shedding itself broke",)
@@ -895,6 +927,7 @@ class Engine:
     def used_server(self) -> None:
         """A request with our keep_alive has just been answered."""
         self._steps.used_server()
+        self._observer.vlm_ours = True
 
     @property
     def _renew_margin(self) -> float:
@@ -962,7 +995,11 @@ class Engine:
 
     def explain(self, mode: ExecutionMode) -> str:
         """Why `mode` is available now or is not, in words, from the last look."""
-        snapshot = attrs.evolve(self._snapshot, state=self.state, seen=self._observer.seen, mode=self.mode)
+        if not self._observer.looked:
+            return f"{mode.name}: nothing has been looked at yet."
+        snapshot = attrs.evolve(
+            self._snapshot, trigger="request", state=self.state, seen=self._observer.seen, mode=self.mode
+        )
         aim = Aim(mode=mode, plan=target(mode, None, snapshot))
         snapshot = attrs.evolve(snapshot, aim=aim)
         holders = self._leases.holders()

@@ -315,9 +315,14 @@ def hold_lapsed(s: Snapshot) -> bool:
     return s.hold is Hold.WANTED and not s.vlm_leased and (s.absent or below_floor(s))
 
 
+def gpu_gone(s: Snapshot) -> bool:
+    """The card has gone and the plan puts something on it."""
+    return s.seen.vram.lost and (s.aim.plan.clip == "gpu" or (s.aim.plan.vlm is True and s.on_our_card))
+
+
 def pressed(s: Snapshot) -> bool:
-    """Free memory has been under the floor for `pressure_s`."""
-    return s.pressed_too_long
+    """Free memory has been under the floor for `pressure_s`, and something of ours is on the card to give up."""
+    return s.pressed_too_long and (not s.absent or s.seen.clip == "gpu")
 
 
 def reassertions_left(s: Snapshot) -> bool:
@@ -405,6 +410,7 @@ PREDICATES: dict[str, Predicate] = {
         idle_must_wait,
         unknown_too_long,
         hold_lapsed,
+        gpu_gone,
         pressed,
         reassertions_left,
         clip_there,
@@ -486,6 +492,8 @@ def why_not(s: Snapshot) -> GPUFSMError | None:
         if not seen.gpu_expected:
             return ClipUnavailable(detail=f"CLIP cannot go to a GPU: {reason}", remedy="It serves on the CPU.")
         return CudaPoisoned(detail=reason, remedy="Restart the agent process to use the GPU again.")
+    if wants_load and s.on_our_card and seen.vram.lost:
+        return GpuLost(detail=seen.vram.detail or "the GPU has gone", remedy="Restart the agent once it is back.")
     if wants_load and seen.residency.refused:
         return OllamaUnavailable(detail=seen.residency.detail or "Ollama refuses connections", remedy=START_OLLAMA)
     if wants_load and seen.catalog.present is Answer.NO:
@@ -520,4 +528,6 @@ def shortage(s: Snapshot) -> InsufficientVRAM:
 def unknown(s: Snapshot) -> ResidencyUnknown:
     """The refusal for want of an answer."""
     detail = s.seen.residency.detail or "Ollama gave no definite answer"
-    return ResidencyUnknown(detail=detail, remedy="It may be busy or hung; look at `ollama ps` and its log.")
+    refused = s.seen.residency.refused
+    remedy = START_OLLAMA if refused else "It may be busy or hung; look at `ollama ps` and its log."
+    return ResidencyUnknown(detail=detail, remedy=remedy)

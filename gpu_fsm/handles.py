@@ -110,7 +110,16 @@ class VLM:
             )
 
     def _check_vision(self, what: object, options: Mapping[str, Any]) -> None:
-        messages = what if isinstance(what, Sequence) and not isinstance(what, str) else ()
+        given = options.get("images", ())
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+            raise errors.BadArgument(detail=f"images is {type(given).__name__}", remedy="Give a list of images.")
+        chat = not isinstance(what, str)
+        if chat and not (isinstance(what, Sequence) and all(isinstance(message, Mapping) for message in what)):
+            raise errors.BadArgument(
+                detail=f"{errors.one_line(what, 40)} is neither a prompt nor a list of messages",
+                remedy='Give text to generate(), and messages such as {"role": "user", "content": "..."} to chat().',
+            )
+        messages: Sequence[Any] = what if chat else ()  # type: ignore[assignment]
         images = options.get("images") or any(isinstance(m, Mapping) and m.get("images") for m in messages)
         if images and self._driver.engine.sees_images is Answer.NO:
             raise errors.OllamaRequestRejected(

@@ -22,6 +22,9 @@ from gpu_fsm.status import LeaseInfo
 
 Model = Literal["vlm", "clip"]
 
+_IDS = itertools.count(1)
+"""One numbering for the process: `held_here` knows leases by number, whichever manager gave them."""
+
 _held: ContextVar[frozenset[int]] = ContextVar("gpu_fsm_leases", default=frozenset())
 
 
@@ -44,6 +47,7 @@ def forget(lease: int) -> None:
 class _Waiter:
     model: Model
     holder: str
+    held: frozenset[int]
     future: Future[int] = field(factory=Future)
 
 
@@ -62,7 +66,6 @@ class LeaseBook:
         self._now = now
         self._changed = changed
         self._lock = threading.Lock()
-        self._ids = itertools.count(1)
         self._leases: dict[int, LeaseInfo] = {}
         self._draining: frozenset[str] = frozenset()
         self._moving: frozenset[str] = frozenset()
@@ -85,9 +88,9 @@ class LeaseBook:
 
     def ask_clip(self, holder: str) -> Future[int]:
         """A CLIP lease: at once where the gate is open, else when it opens, in order of asking."""
-        waiter = _Waiter(model="clip", holder=holder)
+        waiter = _Waiter(model="clip", holder=holder, held=held_here())
         with self._lock:
-            if self._open("clip", held_here()):
+            if self._open("clip", waiter.held):
                 waiter.future.set_result(self._grant("clip", holder))
             else:
                 self._waiters.append(waiter)
@@ -156,7 +159,7 @@ class LeaseBook:
             ready: list[tuple[_Waiter, int]] = []
             still: deque[_Waiter] = deque()
             for waiter in self._waiters:
-                if not self._open(waiter.model, frozenset()):
+                if not self._open(waiter.model, waiter.held):
                     still.append(waiter)
                 elif waiter.future.set_running_or_notify_cancel():
                     ready.append((waiter, self._grant(waiter.model, waiter.holder)))
@@ -200,7 +203,7 @@ class LeaseBook:
         return model not in self._draining or any(lease in self._leases for lease in held)
 
     def _grant(self, model: Model, holder: str) -> int:
-        lease = next(self._ids)
+        lease = next(_IDS)
         now = self._now()
         self._leases[lease] = LeaseInfo(id=lease, model=model, holder=holder, since_at=now)
         if model == "vlm":

@@ -284,7 +284,7 @@ class GPUResourceManager:
         """With `threaded=False`: let `seconds` of the manager's clock pass and serve what falls due."""
         if self._driver.threaded:
             raise errors.BadArgument(detail="a threaded manager drives itself")
-        self._driver.drive_for(seconds)
+        self._driver.drive_for(as_timeout(seconds) or 0.0)
 
     # --- helpers ---
 

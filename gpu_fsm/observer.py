@@ -43,6 +43,8 @@ class Observer:
         self._tell = tell
         self.seen = Observation()
         """The last look."""
+        self.looked = False
+        """Whether there has been one."""
         self.vlm_ours = False
         """This manager loaded the VLM or used it."""
         self.evidence: Evidence = "none"
@@ -89,6 +91,7 @@ class Observer:
             gpu_unusable_reason=self._clip.gpu_unusable_reason,
             at=self._clock.monotonic(),
         )
+        self.looked = True
         self._remember(self.seen)
         self._watch_others(self.seen, quiet=quiet)
         return self.seen
@@ -107,7 +110,8 @@ class Observer:
     def look_at_holders(self) -> Observation:
         """Add who holds memory to the last look: only for a refusal, since the driver needs milliseconds for it."""
         holders = self._probe.holders()
-        self.seen = attrs.evolve(self.seen, foreign_holders=tuple(str(holder) for holder in holders or ()))
+        others = tuple(str(holder) for holder in holders or () if holder.pid != os.getpid())
+        self.seen = attrs.evolve(self.seen, foreign_holders=others)
         return self.seen
 
     def _assumed(self, vram: VRAMInfo, residency: Residency) -> VRAMInfo:

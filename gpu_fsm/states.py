@@ -137,6 +137,7 @@ TABLE: tuple[Row, ...] = (
     _row("check-unknown", "check", STANDING, None, "undecided", "note", "one blocked answer is no loss"),
     _row("check-hold-lapsed", "check", (IDLE, AUTOPILOT), RELEASING, "hold_lapsed !blocked", "begin",
          "the on-demand VLM has gone, or memory is short and nobody holds it"),
+    _row("check-gpu-lost", "check", STANDING, SHEDDING, "gpu_gone", "degrade_gpu_lost", "the card has gone"),
     _row("check-pressure", "check", (RECORDING, AUTOPILOT), SHEDDING, "pressed", "degrade_pressure",
          "the card is full for too long"),
     _row("check-kept", "check", STANDING, None, "placed", "note", "the promise is kept"),
@@ -155,7 +156,7 @@ TABLE: tuple[Row, ...] = (
     _row("clip-refused", "migrate_clip", (IDLE,), None, "", "refuse", "no room"),
     # --- the end ---
     _row("close-wait", "close", STABLE, None, "blocked !drain_over", "wait", "leases drain first"),
-    _row("close", "close", STABLE, RELEASING, "known", "begin", "give back what is ours"),
+    _row("close", "close", STABLE, RELEASING, "!undecided", "begin", "give back what is ours"),
     _row("close-blind", "close", STABLE, SHEDDING, "", "begin_refused", "give back what can be reached"),
     # --- how a step ends ---
     _row("superseded", "step_done", MOVING, RELEASING, "superseded", "adopt", "the newer request takes over"),

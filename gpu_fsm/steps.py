@@ -68,11 +68,10 @@ class Steps:
         """A request with our keep_alive has just been answered."""
         self.server_until = self._clock.monotonic() + self.keep_alive_s
 
-    def interrupt_load(self) -> None:
-        """From another thread: cut off the load that is running, if one is."""
-        running = self._interrupt
-        if running is not None:
-            running.set()
+    @property
+    def running_load(self) -> Interrupt | None:
+        """From another thread: what cuts off the load that is running, if one is."""
+        return self._interrupt
 
     # --- RELEASING ---------------------------------------------------------------------
 
@@ -238,6 +237,9 @@ class Steps:
             if self._superseded():
                 return "aborted"
             deadline = self._clock.monotonic() + self._config.vlm_load_deadline_s
+            # From here on what comes in is ours, however this ends; a look that denies it takes that back.
+            self._observer.vlm_ours = True
+            self._leases.touch()
             model = self._load_once(before, deadline, interrupt)
             if not self._on_the_card(s, model):
                 model = self._reload(s, model, deadline, interrupt)

@@ -143,10 +143,13 @@ class Mailbox:
                     return (ticket,)
             return ()
 
-    def put_back(self, group: Group) -> None:
-        """Let a group wait at the head again."""
+    def put_back(self, group: Group) -> Group:
+        """Let a group wait at the head again.  Returns it where it has been superseded meanwhile."""
         with self._lock:
+            if newest(group) < self.newest_preempt:
+                return group
             self._queue.extendleft(reversed(group))
+            return ()
 
     @property
     def has_a_holder(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,10 @@ settings.load_profile("ci")
 # Settings of the person who runs the tests must not decide how they end.
 for _name in [name for name in os.environ if name.startswith("GPU_FSM_") or name == "OLLAMA_HOST"]:
     del os.environ[_name]
+
+# Two runs on one machine have fake cards of the same UUID, and nothing of theirs belongs in the user's own folder.
+_runtime = tempfile.TemporaryDirectory(prefix="gpu_fsm-tests-")
+os.environ["XDG_RUNTIME_DIR"] = _runtime.name
 
 _NEEDED = ("torch", "sentence_transformers")
 _PROPERTY = re.compile(r"\btest_property_(0[1-9]|1[0-3])_|\btest_(invariant|s\d+|l\d+)_", re.IGNORECASE)

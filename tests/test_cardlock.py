@@ -150,9 +150,7 @@ def test_the_holder_in_another_process_is_named_and_its_death_frees_the_card(
         assert second.get_status().card_held_by == ""
 
 
-def test_a_process_that_ends_by_itself_frees_the_card(
-    card: FakeNVML, make: Callable[..., GPUResourceManager]
-) -> None:
+def test_a_process_that_ends_by_itself_frees_the_card(card: FakeNVML, make: Callable[..., GPUResourceManager]) -> None:
     """Without `close()`: the end of the interpreter is enough."""
     with other_process(card) as (process, _):
         second = make()
@@ -168,7 +166,7 @@ def test_a_process_that_ends_by_itself_frees_the_card(
 def test_a_forked_child_is_told_so_and_does_not_keep_the_card(
     card: FakeNVML, make: Callable[..., GPUResourceManager]
 ) -> None:
-    """Row C10, with a real fork: each verb raises in the child, and the parent's death frees the card though it lives."""
+    """A real fork: each verb raises in the child, and the parent's death frees the card though the child lives."""
     forking = """
 import warnings; warnings.simplefilter("ignore")
 from gpu_fsm.errors import ForkedProcess

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import io
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -45,6 +46,7 @@ from PIL import Image  # noqa: E402
 from gpu_fsm import clip as clip_module  # noqa: E402
 from gpu_fsm.clip import ACTIVATIONS_MIB, CONTEXT_MIB, CPU_THREADS, CLIPManager, _Weights  # noqa: E402
 from gpu_fsm.vram import VRAMMonitor  # noqa: E402
+from tests import bench_clip  # noqa: E402
 from tests.tools import building, fake_nvml, fakegpu, tiny_clip  # noqa: E402
 from tests.tools.fake_nvml import FakeNVML  # noqa: E402
 from tests.tools.fakegpu import FakeGPU  # noqa: E402
@@ -632,11 +634,11 @@ def test_the_driver_shows_the_move_and_its_undoing(gpu: FakeGPU, make: Making, t
         monitor = VRAMMonitor(GPUResourceConfig(), clock=RealClock())
         gpu.link(nvml)
         try:
-            frees = [monitor.read(5.0).free_mib]
+            frees = [monitor.free_mib()]
             for move in (host.to_gpu, host.to_cpu):
                 held = host.held_mib
                 move()
-                frees.append(monitor.read(5.0).free_mib)
+                frees.append(monitor.free_mib())
         finally:
             monitor.close()
             gpu.reset(total_mib=64)
@@ -716,18 +718,133 @@ def test_out_of_memory_at_any_allocation_leaves_everything_as_it_was(gpu: FakeGP
 
 
 @needs_device
-@pytest.mark.parametrize("n", [0, 1, 2, 20, 60, 100])
-def test_out_of_memory_in_the_real_architecture_is_undone(gpu: FakeGPU, make: Making, n: int) -> None:
-    """The same with the tiny CLIP: the flat buffer, then inside the canary's text and image towers."""
+def test_out_of_memory_at_any_allocation_in_the_real_architecture_is_undone(gpu: FakeGPU, make: Making) -> None:
+    """The same with the tiny CLIP: the flat buffer, then every allocation inside the canary's text and image towers."""
     host = make()
-    reference = host.encode(ITEMS)
-    gpu.fail_allocation(n)
-    with pytest.raises(ClipOutOfMemory):
-        host.to_gpu()
-    assert (gpu.figures().allocated, gpu.figures().reserved) == (0, 0)
+    reference, one = host.encode(ITEMS), host.encode(ITEMS[:1])
+    digest = master_of(host)
+    n = 0
+    while host.place == "cpu":
+        gpu.fail_allocation(n)
+        try:
+            host.to_gpu()
+        except ClipOutOfMemory:
+            assert (gpu.figures().allocated, gpu.figures().reserved) == (0, 0), n
+            assert host.device == "cpu"
+            assert np.array_equal(host.encode(ITEMS[:1]), one)
+        n += 1
+    assert n > 100, "too few allocations for a whole move"
+    host.to_cpu()
     assert np.array_equal(host.encode(ITEMS), reference)
+    assert master_of(host) == digest
+
+
+@needs_device
+def test_a_model_of_full_size_goes_up_in_one_copy_and_down_in_none(gpu: FakeGPU) -> None:
+    """151 million parameters: 1 allocation and 1 copy up, no byte down; `.to()` makes 400 of each, and copies back."""
+    count, found = bench_clip.trips(1)
+    assert count > 151_000_000
+    ours_up, ours_down = found["ours up"][0], found["ours down"][0]
+    assert (ours_up.allocations, ours_up.copies_up, ours_up.copies_down) == (1, 1, 0)
+    assert ours_up.bytes_up >= 4 * count
+    assert (ours_down.allocations, ours_down.copies_up, ours_down.copies_down, ours_down.bytes_down) == (0, 0, 0, 0)
+    assert (found["to up"][0].copies_up, found["to down"][0].copies_down) == (400, 400)
+
+
+@needs_device
+def test_torch_tells_the_cards_memory_only_where_the_context_is_paid(gpu: FakeGPU, make: Making) -> None:
+    """Asking earlier would cost the context for life; a broken device tells nothing."""
+    host = make(model=Stub())
+    host.prepare()
+    assert host.card_memory() is None
+    assert gpu.figures().used == 0
     host.to_gpu()
-    assert host.place == "gpu"
+    used_mib = gpu.figures().used / 2**20
+    assert host.card_memory() == (64.0, pytest.approx(64.0 - used_mib), "process")
+    gpu.break_down()
+    host.to_cpu()
+    assert host.card_memory() is None
+
+
+class Runtime:
+    """Stands for the part of the CUDA runtime that locks pages."""
+
+    def __init__(self, answer: int = 0) -> None:
+        self.answer = answer
+        self.calls: list[tuple[str, int, int]] = []
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+        self.calls.append(("lock", address, size))
+        return self.answer
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        self.calls.append(("unlock", address, 0))
+        return 0
+
+
+def test_the_master_is_locked_in_place_to_the_byte_and_unlocked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy, no rounding up to a power of two."""
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    weights = _Weights(Stub())
+    for _ in range(2):
+        weights._pin(torch.device("cuda", 0))
+    address = weights._master.data_ptr()
+    assert runtime.calls == [("lock", address, weights.nbytes)]
+    weights.unpin()
+    weights.unpin()
+    assert runtime.calls[1:] == [("unlock", address, 0)]
+
+
+@pytest.mark.parametrize("why", ["refused", "too_much", "cpu", "no_runtime"])
+def test_weights_that_cannot_be_locked_stay_pageable(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """A slower copy, never a failure: `ulimit -l`, an eighth of the machine's memory, another kind of device."""
+    runtime = Runtime(answer=2 if why == "refused" else 0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: None if why == "no_runtime" else runtime)
+    weights = _Weights(Stub())
+    if why == "too_much":
+        monkeypatch.setattr(clip_module, "_ram_bytes", lambda: 8 * weights.nbytes - 1)
+    weights._pin(torch.device("cpu" if why == "cpu" else "cuda"))
+    weights.unpin()
+    assert [call[0] for call in runtime.calls] == (["lock"] if why == "refused" else [])
+
+
+def test_long_work_tells_how_far_it_is(make: Making) -> None:
+    """After every batch, in the caller's thread, with the batches bounded by `batch_size`."""
+    told: list[tuple[int, int]] = []
+    host = make()
+    host.encode(["a", picture(), "b", "c"], batch_size=2, progress=lambda done, total: told.append((done, total)))
+    assert told == [(2, 4), (3, 4), (4, 4)]
+
+
+def test_a_download_tells_its_progress_in_the_log_and_leaves_the_terminal_alone(
+    make: Making,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Every tenth of the bytes is a record; counting files is not progress."""
+    import huggingface_hub
+
+    folder = tiny_clip.build(tmp_path / "fetched")
+
+    def fetch(repository: str, *, ignore_patterns: list[str], tqdm_class: Any) -> str:
+        assert "*.bin" in ignore_patterns
+        for unit, total in (("it", 4), ("B", 600 * 2**20)):
+            with tqdm_class(total=total, unit=unit, unit_scale=True, desc=repository) as bar:
+                for _ in range(4 if unit == "it" else 20):
+                    bar.update(1 if unit == "it" else total // 20)
+        return str(folder)
+
+    capfd.readouterr()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with caplog.at_level(logging.INFO, logger="gpu_fsm"):
+        clip_module._find("some/model", pickles=False)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "looking for some/model in the local cache and at the Hugging Face hub"
+    assert lines[1:] == [f"CLIP's weights: {10 * tenth} % of 600 MiB fetched" for tenth in range(1, 11)]
+    assert capfd.readouterr() == ("", "")
 
 
 @needs_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from gpu_fsm import errors
+from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.status import ExecutionMode, Hold, State
-from gpu_fsm.testing.stateful import GPUStateMachine, elsewhere
+from gpu_fsm.testing.stateful import GPUStateMachine, elsewhere, inline_manager
 from tests.test_faults import fresh_machine
 
 SMALL = 6400.0
@@ -513,3 +515,152 @@ def test_a_mode_that_nobody_can_confirm_by_the_deadline_is_not_told() -> None:
         manager.drive_for(manager.config.recover_cap_s)
 
         assert State.RECORDING is manager.get_status().state
+
+
+@pytest.mark.parametrize("mode", ["recording", "autopilot"])
+def test_a_lost_card_ends_what_was_promised_on_it(mode: str) -> None:
+    """A model that runs on the CPU because the card has gone is not RECORDING, and nothing flaps."""
+    with story(troubles={"doom"}) as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 2
+        manager.set_execution_mode(mode)
+        machine.lose_the_gpu(encoding=False)
+        world.faults.arm("ollama.load", "partial", times=None, share=0.0)
+        manager.drive_for(120.0)
+        status = manager.get_status()
+        assert status.reason is not None
+        assert (State.DEGRADED, "gpu_lost") == (status.state, status.reason.code)
+        assert not manager.set_execution_mode("recording").granted
+        assert ["check-gpu-lost"] == [row for row in rows(machine) if row == "check-gpu-lost"]
+
+
+@pytest.mark.parametrize("trouble", ["oom", "neighbour"])
+def test_a_second_wish_under_a_hold_costs_no_mode_either(trouble: str) -> None:
+    """The on-demand VLM went away and is wanted again: a failure is the caller's, a shortage is met by moving CLIP."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 2
+        machine.troubled = True
+        manager.set_execution_mode("autopilot")
+        manager.ensure_vlm_loaded()
+        world.ollama.foreign_unload(world.vlm.name)
+        manager.drive_for(1.0)
+        if trouble == "oom":
+            world.faults.arm("ollama.load", "oom", times=None)
+            with pytest.raises(errors.LoadOutOfMemory):
+                manager.ensure_vlm_loaded()
+        else:
+            world.card.take("game", 1800.0)
+            manager.ensure_vlm_loaded()
+            assert world.vlm_resident()
+
+        assert State.AUTOPILOT is manager.get_status().state
+
+
+@pytest.mark.parametrize("on_close", ["leave", "release"])
+def test_closing_sends_nothing_for_a_vlm_that_is_not_ours(on_close: str) -> None:
+    """Also when nobody can tell where it is: no unload, no DEGRADED, no leftover."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, on_close=on_close)
+    world.ollama.foreign_load(world.vlm.name, keep_alive=-1)
+    world.clock.sleep(10)
+    manager.drive_for(1.0)
+    world.faults.arm("ollama.ps", "hang", times=None)
+    began = world.clock.monotonic()
+
+    assert () == manager.close()
+    assert world.clock.monotonic() - began < 10
+    assert not [entry for entry in world.ollama.log if entry.op == "ollama.unload"]
+    assert "shed" not in [record.row for record in manager.journal]
+
+
+def test_what_a_failed_load_left_in_is_ours_to_take_out() -> None:
+    """The load took effect and its answer was lost: nobody else will unload it."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, vlm_load_retries=0)
+    world.faults.arm("ollama.load", "after", times=1)
+    with pytest.raises(errors.OllamaError):
+        manager.ensure_vlm_loaded()
+    manager.drive_for(manager.config.idle_timeout_s + 30)
+    assert not world.vlm_resident()
+    manager.close()
+
+
+def test_a_vlm_that_was_used_is_ours_to_give_back() -> None:
+    """Adopted from another client and used through the fast path."""
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    world.ollama.foreign_load(world.vlm.name, keep_alive=-1)
+    world.clock.sleep(10)
+    manager.set_execution_mode("recording")
+    with manager.vlm() as vlm:
+        vlm.generate("x")
+    manager.close()
+
+    assert not world.vlm_resident()
+
+
+def test_a_preempting_caller_that_holds_the_lease_is_told_at_once() -> None:
+    """Half-way as in a mode: nobody waits for himself."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 1
+        asked: list[Any] = []
+        with manager.clip():
+            holder = contextvars.copy_context()
+            ask = lambda: asked.append(manager.submit_execution_mode("autopilot", preempt=True))  # noqa: E731
+            in_the_middle(machine, "ollama.load", "during", lambda: holder.run(ask))
+            with pytest.raises(errors.Superseded):
+                elsewhere(lambda: manager.set_execution_mode("recording"))
+            began = world.clock.monotonic()
+            manager.drive_for(2.0)
+            assert isinstance(asked[0].exception(0), errors.LeaseHeld)
+            assert world.clock.monotonic() - began < 5
+
+        assert State.DEGRADED is not manager.get_status().state
+
+
+def test_moving_clip_down_does_not_fetch_a_vlm_that_has_gone() -> None:
+    """IDLE with an on-demand VLM that somebody else unloaded: the move is a move."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 1
+        machine.troubled = True
+        manager.ensure_vlm_loaded()
+        manager.migrate_clip_to_gpu()
+        world.ollama.foreign_unload(world.vlm.name)
+        manager.drive_for(1.0)
+        manager.migrate_clip_to_cpu()
+
+        assert ("cpu", False) == (world.clip.place, world.vlm_resident())
+
+
+def test_pressure_counts_only_where_something_of_ours_could_go() -> None:
+    """RECORDING with the VLM parked holds nothing on the card; a neighbour that fills it is not our affair."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 1
+        machine.troubled = True
+        manager.set_execution_mode("recording")
+        manager.ensure_vlm_unloaded()
+        world.card.take("game", world.card.free_mib)
+        manager.drive_for(90.0)
+
+        assert (State.RECORDING, Hold.PARKED) == (manager.get_status().state, manager.get_status().hold)
+
+
+def test_leases_of_two_managers_are_not_confused() -> None:
+    """Holding one's lease says nothing about the other's."""
+    one, other = inline_manager(SimulatedWorld()), inline_manager(SimulatedWorld())
+    other.set_execution_mode("autopilot")
+    foreign = elsewhere(lambda: other._driver.ask_clip("somebody").result(0))
+    with one.clip():
+        future = other.submit_execution_mode("recording")
+        other.drive_for(1.0)
+        assert not future.done(), "it waits for somebody else"
+    other._driver.leases.release(foreign)
+    other.drive_for(20.0)
+
+    assert future.result(0).granted
+    one.close()
+    other.close()

@@ -9,12 +9,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from gpu_fsm.errors import ConfigError
+from gpu_fsm import ExecutionMode, GPUResourceManager
+from gpu_fsm.errors import ConfigError, InsufficientVRAM
+from gpu_fsm.ollama import OllamaManager
 from gpu_fsm.ports import VRAMProbe
 from gpu_fsm.settings import GPUResourceConfig
+from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.status import Holder
 from gpu_fsm.vram import RETRY_S, SPACING_S, VRAMMonitor
 from tests.tools import building, fake_nvml
@@ -319,6 +323,108 @@ def test_memory_that_the_driver_reserves_is_not_free(driver: FakeNVML, clock: Ha
     driver.set_used(0, 2000)
     assert monitor.read(5.0).free_mib == 5692
     monitor.close()
+
+
+@needs_gcc
+def test_no_reader_makes_the_driver_answer_more_than_fifty_times_a_second(driver: FakeNVML, clock: HandClock) -> None:
+    """Whoever asks, and however often: a reading is repeated for 20 ms, with its own time; holders bring no other."""
+    driver.add_gpu(total_mib=8192, used_mib=192)
+    monitor = monitor_of(clock)
+    clock.tick_s = 0.0
+    first = monitor.read(5.0)
+    driver.set_used(0, 1192)
+    calls = driver.calls("MEM")
+    for _ in range(100):
+        assert monitor.read(5.0) is first
+        monitor.holders()
+    assert driver.calls("MEM") == calls
+    clock.now += SPACING_S * 1.01
+    assert monitor.read(5.0).free_mib == 7000
+    assert monitor.free_mib() == 7000
+    driver.set_used(0, 2192)
+    assert monitor.free_mib() == 6000, "a measurement is not answered from memory"
+    monitor.close()
+
+
+# --- who else can tell -----------------------------------------------------------------------------------------------
+
+
+@needs_gcc
+def test_torch_is_asked_where_the_driver_has_no_figures(driver: FakeNVML, clock: HandClock) -> None:
+    """After NVML and the kernel, labelled, and never for a card that is lost."""
+    driver.add_gpu(total_mib=8192, used_mib=192)
+    monitor = monitor_of(clock)
+    asked = []
+
+    def view() -> tuple[float, float, Literal["card"]]:
+        asked.append(1)
+        return 8000.0, 5000.0, "card"
+
+    monitor.process_view = view
+    assert monitor.read(5.0).source == "nvml"
+    assert not asked
+    driver.fail("MEM", LIB_RM_VERSION_MISMATCH)
+    info = monitor.read(5.0)
+    assert (info.source, info.scope, info.total_mib, info.free_mib) == ("torch", "card", 8000.0, 5000.0)
+    assert "reboot" in info.detail
+    driver.fail("MEM", GPU_IS_LOST)
+    info = monitor.read(5.0)
+    assert (info.source, info.free_mib, info.lost) == ("none", None, True)
+    monitor.process_view = lambda: None
+    driver.fail("MEM", LIB_RM_VERSION_MISMATCH)
+    assert monitor.read(5.0).free_mib is None
+    monitor.close()
+
+
+@needs_gcc
+@pytest.mark.parametrize("code", [LIBRARY_NOT_FOUND, LIB_RM_VERSION_MISMATCH], ids=["no_driver", "upgraded_underneath"])
+def test_the_size_in_the_settings_is_labelled_an_assumption(driver: FakeNVML, clock: HandClock, code: int) -> None:
+    """Last of all, with no free memory of its own: a driver that tells is believed instead."""
+    driver.add_gpu(total_mib=8192, used_mib=192)
+    monitor = monitor_of(clock, vram_budget_mib=6000)
+    assert monitor.read(5.0).source == "nvml"
+    monitor.close()
+    driver.fail("INIT", code)
+    monitor = monitor_of(clock, vram_budget_mib=6000)
+    info = monitor.prepare()
+    assert (info.source, info.scope, info.total_mib, info.free_mib) == ("assumed", "assumed", 6000.0, None)
+    assert (info.present, info.bucket) == (True, "settle")
+    assert "assumed" in info.detail
+    monitor.close()
+
+
+@needs_gcc
+def test_an_assumed_size_admits_and_proves_nothing(driver: FakeNVML, tmp_path: Path) -> None:
+    """What Ollama and CLIP are known to hold counts down; what is too big is refused; releases are waited out."""
+    world = SimulatedWorld(vlm_mib=5000.0, gpu=True)
+    config = world.config(vram_budget_mib=5600.0, blind_settle_s=0.5)
+    driver.fail("INIT", LIBRARY_NOT_FOUND)
+    server = OllamaManager(config, clock=world.clock, transport=world.transport)
+    monitor = VRAMMonitor(config, clock=world.clock)
+    manager = GPUResourceManager(
+        config, vlm_server=server, clip_host=world.clip, vram_probe=monitor, clock=world.clock, threaded=False
+    )
+    assert manager.set_execution_mode("recording").granted
+    vram = manager.get_status().vram
+    assert (vram.source, vram.total_mib, vram.free_mib) == ("assumed", 5600.0, 600.0)
+    assert manager.set_execution_mode("autopilot").granted
+    assert manager.get_status().vram.free_mib == 5000.0
+    assert not world.vlm_resident()
+    manager.drive_for(60.0)
+    assert manager.get_status().execution_mode is ExecutionMode.AUTOPILOT, "an assumed figure is no pressure"
+    manager.close()
+    small = world.config(vram_budget_mib=4000.0, on_shortage="refuse")
+    manager = GPUResourceManager(
+        small,
+        vlm_server=OllamaManager(small, clock=world.clock, transport=world.transport),
+        clip_host=world.clip,
+        vram_probe=VRAMMonitor(small, clock=world.clock),
+        clock=world.clock,
+        threaded=False,
+    )
+    with pytest.raises(InsufficientVRAM):
+        manager.set_execution_mode("recording")
+    manager.close()
 
 
 # --- holders ---------------------------------------------------------------------------------------------------------

@@ -1,12 +1,7 @@
-"""The whole system on one simulated 8 GiB card: real manager, real pynvml, real torch moves, Ollama in a process.
-
-The only things that are not real: the driver library, the memory of the second torch device, and the runner inside the
-server.  All three draw on one ledger, which every process sees at once.
-"""
+"""The whole system on one simulated 8 GiB card: real manager, real pynvml, real torch moves, Ollama in a process."""
 
 from __future__ import annotations
 
-import copy
 import random
 import threading
 import time
@@ -21,81 +16,21 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 
 import numpy as np  # noqa: E402
-from attrs import define, field  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from gpu_fsm import ExecutionMode, GPUResourceConfig, GPUResourceManager  # noqa: E402
-from gpu_fsm import clip as clip_module  # noqa: E402
-from gpu_fsm.clip import CLIPManager  # noqa: E402
+from gpu_fsm import ExecutionMode, GPUResourceManager  # noqa: E402
 from gpu_fsm.errors import CudaPoisoned, InsufficientVRAM, Refused  # noqa: E402
-from gpu_fsm.events import Event, ForeignConsumer  # noqa: E402
-from gpu_fsm.simulation import CardFull, RunningClock  # noqa: E402
+from gpu_fsm.events import ForeignConsumer  # noqa: E402
 from tests.tools import building, fake_nvml, fakegpu, tiny_clip  # noqa: E402
+from tests.tools.bench import BASELINE_MIB, CARD_MIB, CONTEXT_MIB, VLM, VLM_MIB, Bench, set_up  # noqa: E402
 from tests.tools.fake_nvml import FakeNVML  # noqa: E402
-from tests.tools.fakegpu import FakeGPU  # noqa: E402
-from tests.tools.ledger_card import LedgerCard  # noqa: E402
 from tests.tools.ollama_process import OllamaProcess  # noqa: E402
 from tests.waiting import journal_is_whole, until  # noqa: E402
 
 pytestmark = [pytestmark, *building.marks(fake_nvml.missing() or fakegpu.missing())]
 
-CARD_MIB, BASELINE_MIB, CONTEXT_MIB, VLM_MIB = 8192.0, 300.0, 300.0, 7000.0
-VLM = "sim-vlm:7b"
 UNKNOWN, NO_PERMISSION = 999, 4
 ITEMS: list[object] = ["a window", Image.new("RGB", (48, 40), "blue"), "a list of files"]
-
-QUICK = {
-    "reserve_mib": 256.0,
-    "settle_timeout_s": 1.0,
-    "settle_poll_s": 0.025,
-    "blind_settle_s": 0.2,
-    "observe_timeout_s": 0.5,
-    "unload_deadline_s": 3.0,
-    "unload_resend_s": 0.3,
-    "vlm_load_deadline_s": 4.0,
-    "vlm_load_retries": 2,
-    "retry_base_s": 0.02,
-    "retry_cap_s": 0.1,
-    "recover_base_s": 0.1,
-    "recover_cap_s": 0.5,
-    "drain_timeout_s": 2.0,
-    "shed_drain_s": 0.5,
-    "shed_deadline_s": 4.0,
-    "pressure_s": 0.3,
-    "unknown_max_s": 3.0,
-    "stable_s": 1.0,
-    "check_interval_s": 1.0,
-}
-
-
-@define(eq=False)
-class Bench:
-    """Everything on the bench, and what is known to be true of it."""
-
-    nvml: FakeNVML
-    gpu: FakeGPU
-    ollama: OllamaProcess
-    game: LedgerCard
-    """Another program on the card."""
-    make: Callable[..., GPUResourceManager]
-    events: list[Event] = field(factory=list)
-    hearsay: bool = False
-    """A runner has died, which `/api/ps` does not show: until the next load residency is hearsay, for everybody."""
-
-    @property
-    def used_mib(self) -> float:
-        return float(self.nvml.state.device[0].used / 2**20)
-
-    def kill_runner(self) -> None:
-        """Whatever is loaded dies."""
-        self.hearsay = self.ollama.kill_runner() or self.hearsay
-
-    def take(self, mib: float) -> None:
-        """The other program takes what it can get of this."""
-        try:
-            self.game.take("game", mib, pid=4242, name="game.exe")
-        except CardFull:
-            pass
 
 
 @pytest.fixture(scope="module")
@@ -109,42 +44,9 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: Any) -> Iterator[Bench]:
-    """One card; managers made here are closed afterwards, then the server, then the device leaves the card."""
-    runtime = tmp_path / "runtime"
-    runtime.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(clip_module, "_unusable", {})
-    nvml, gpu = FakeNVML.create(tmp_path), fakegpu.load()
-    nvml.add_gpu(total_mib=CARD_MIB, used_mib=BASELINE_MIB)
-    made: list[GPUResourceManager] = []
-    clock = RunningClock()
-
-    def make(**settings: Any) -> GPUResourceManager:
-        given: dict[str, Any] = {**QUICK, "vlm_model": VLM, "vlm_size_mib": VLM_MIB, "clip_device": "fakegpu:0"}
-        config = GPUResourceConfig(ollama_url=bench.ollama.url, **{**given, **settings})
-        host = CLIPManager(config, model=copy.deepcopy(loaded))
-        host.prepare()
-        made.append(GPUResourceManager(config, clip_host=host))
-        made[-1].subscribe(bench.events.append)
-        return made[-1]
-
-    times = {"load_s": 0.08, "unload_s": 0.01, "reclaim_s": 0.05, "generate_s": 0.02}
-    with nvml.active(), OllamaProcess(nvml, {VLM: VLM_MIB, "other:1b": 900.0}, **times) as ollama:
-        gpu.reset(total_mib=CARD_MIB, context_mib=CONTEXT_MIB)
-        gpu.link(nvml)
-        bench = Bench(nvml, gpu, ollama, LedgerCard(nvml, clock=clock, slots=(7, 8)), make)
-        try:
-            yield bench
-        finally:
-            gpu.break_down(False)
-            gpu.fail_allocation(-1)
-            for manager in made:
-                manager.close()
-            gpu.reset(total_mib=CARD_MIB)
-            gpu.unlink()
-            gpu.reset()
-            clock.close()
+    """The whole bench, cleared away afterwards."""
+    with set_up(tmp_path, monkeypatch, loaded) as ready:
+        yield ready
 
 
 class Meter:
@@ -241,10 +143,10 @@ def test_two_hundred_random_switches_with_faults_and_a_neighbour_keep_every_prom
                 as_promised(bench, manager, mode)
         except Refused as refusal:
             refused.append(refusal.code)
+        bench.gpu.fail_allocation(-1)  # it was for the move; a batch that runs out is its caller's
         with manager.clip(timeout_s=10.0) as clip:
             vectors = clip.encode(ITEMS)
             assert np.array_equal(vectors, at_home) or np.array_equal(vectors, away)
-        bench.gpu.fail_allocation(-1)
         assert bench.nvml.state.device[0].peak <= bench.nvml.state.device[0].total
     bench.ollama.heal()
     bench.game.give_back("game")
@@ -285,17 +187,43 @@ def test_what_clip_leaves_behind_is_measured_by_the_driver(bench: Bench) -> None
 
 def test_a_shortage_names_who_holds_the_memory(bench: Bench) -> None:
     """Process, pid and MiB where the driver tells, in the refusal and in the reason."""
-    manager = bench.make(on_shortage="refuse")
     bench.take(3000)
+    manager = bench.make(on_shortage="refuse")
     with pytest.raises(InsufficientVRAM) as caught:
         manager.set_execution_mode("recording")
     assert "game.exe (pid 4242): 3000 MiB" in caught.value.holders
     assert caught.value.free_mib == pytest.approx(CARD_MIB - BASELINE_MIB - 3000)
     assert "game.exe" in manager.explain("recording")
     manager.close()
-    outcome = bench.make().set_execution_mode("recording")
+    manager = bench.make()
+    outcome = manager.set_execution_mode("recording")
     assert outcome.reason is not None
-    assert "game.exe" in f"{outcome.reason}"
+    assert "game.exe (pid 4242): 3000 MiB" in str(outcome.reason)
+    manager.close()
+
+
+@pytest.mark.parametrize("mode", ["recording", "autopilot"])
+def test_what_runs_out_of_memory_in_a_step_names_them_too(bench: Bench, mode: str) -> None:
+    """The room was there at admission and not when it was needed."""
+    bench.take(200)
+    bench.ollama.arm("ollama.load", "oom", None)
+    bench.gpu.fail_allocation(0)
+    outcome = bench.make().set_execution_mode(mode)
+    assert outcome.reason is not None
+    assert outcome.reason.code == "vram_insufficient"
+    assert "game.exe (pid 4242): 200 MiB" in outcome.reason.detail
+
+
+def test_pressure_names_them_too(bench: Bench) -> None:
+    """A neighbour that fills the card for `pressure_s` costs the VLM its place, and is named for it."""
+    manager = bench.make(check_interval_s=0.05)
+    assert manager.set_execution_mode("recording").granted
+    bench.take(bench.game.free_mib - 20)
+    until(lambda: manager.get_status().reason is not None)
+    reason = manager.get_status().reason
+    assert reason is not None
+    assert reason.code == "vram_insufficient"
+    assert "game.exe (pid 4242)" in reason.detail
 
 
 def test_a_neighbour_that_takes_memory_is_an_event(bench: Bench) -> None:
@@ -336,7 +264,7 @@ def test_clip_and_ollama_on_two_cards_do_not_wait_for_each_other(bench: Bench) -
 
 @pytest.mark.parametrize("tells", [True, False], ids=["driver_lists_processes", "driver_lists_none"])
 def test_an_ollama_on_another_card_that_nobody_told_us_of_is_noticed(bench: Bench, tells: bool) -> None:
-    """Ollama calls the load complete and this card's bytes did not move: refused, or said, and the setting is named."""
+    """Ollama calls the load complete and this card's bytes did not move: refused or told, with the setting's name."""
     other = bench.nvml.add_gpu(total_mib=CARD_MIB, used_mib=100.0)
     bench.nvml.state.old_driver = int(not tells)
     with OllamaProcess(bench.nvml, {VLM: VLM_MIB}, index=other, load_s=0.05) as elsewhere:
@@ -357,7 +285,7 @@ def test_an_ollama_on_another_card_that_nobody_told_us_of_is_noticed(bench: Benc
 
 
 def test_a_poisoned_device_is_left_for_life_while_the_agent_works_on(bench: Bench) -> None:
-    """Row C04: CLIP serves from the CPU, AUTOPILOT is no longer granted, and the reason says that a restart mends it."""
+    """CLIP serves from the CPU, AUTOPILOT is no longer granted, and the reason says that a restart mends it."""
     manager = bench.make()
     assert manager.set_execution_mode("autopilot").granted
     bench.gpu.break_down()

@@ -1,7 +1,7 @@
 """A simulated Ollama in a process of its own, on a card of the fake NVML.
 
-    with OllamaProcess(nvml, {"vlm:7b": 5000.0}, load_s=0.1) as ollama:
-        ollama.url; ollama.arm("ollama.load", "oom"); ollama.heal(); ollama.kill_runner()
+with OllamaProcess(nvml, {"vlm:7b": 5000.0}, load_s=0.1) as ollama:
+    ollama.url; ollama.arm("ollama.load", "oom"); ollama.heal(); ollama.kill_runner()
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ def main(facts: dict[str, Any]) -> None:
     clock, faults, times = RunningClock(), Faults(), facts["times"]
     card = LedgerCard(FakeNVML.attach(Path(facts["state"])), clock=clock, index=facts["index"])
     load_s = times.pop("load_s", 0.1)
-    models = [SimulatedModel(name=name, size_mib=mib, disk_mib=mib / 1.25, load_s=load_s) for name, mib in facts["models"].items()]
+    models = [
+        SimulatedModel(name=name, size_mib=mib, disk_mib=mib / 1.25, load_s=load_s)
+        for name, mib in facts["models"].items()
+    ]
     server = SimulatedOllama(models, clock=clock, card=cast(Card, card), faults=faults, **times)
     with serve(server) as front:
         print(json.dumps(front.url), flush=True)
