@@ -131,9 +131,10 @@ class Oracle:
             self._broken("S3", f"{event.new.name} entered with the VLM {'in' if not plan.vlm else 'out'}")
 
     def hearsay(self) -> bool:
-        """Ollama was made to lie, or others are at work: what was observed need not be so a moment later."""
-        lies = {("ollama.ps", "silent")}
-        return bool(lies & set(self.world.faults.fired)) or any(entry.client != "us" for entry in self.world.ollama.log)
+        """Ollama lies, also by listing a dead runner, or others are at work: what was seen need not be so any more."""
+        fired = self.world.faults.fired
+        lies = ("ollama.ps", "silent") in fired or any(kind == "runner_dies" for _, kind in fired)
+        return lies or any(entry.client != "us" for entry in self.world.ollama.log)
 
     # --- after every step of a story ---
 

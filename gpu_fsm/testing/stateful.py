@@ -471,7 +471,8 @@ class GPUStateMachine(RuleBasedStateMachine):
         self.world.ollama.reap_orphans()
         if self.world.gpu and "game" in self.world.card.owners():
             self.world.card.give_back("game")
-        if self.world.ollama.loaded():
+        if "others" in self.troubles:
+            self.manager.drive_for(self.world.vlm.load_s)  # an unload that meets a load is lost
             self.world.ollama.foreign_unload("other")
         self.oracle.nothing_to_acquire_for = False
         config = self.manager.config
