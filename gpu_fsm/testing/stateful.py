@@ -397,11 +397,17 @@ class GPUStateMachine(RuleBasedStateMachine):
             self._outcome(self._submit(mode))
         self.calm_down()
         status = self.manager.get_status()
-        if self.doomed and status.asked_mode is ExecutionMode.AUTOPILOT:
-            return  # a lost card comes back with a new process, not before
+        if self._out_of_reach(status.asked_mode):
+            return
         assert status.state in STANDING, f"L2: still {status.state.name}: {status.reason}"
         assert status.execution_mode is status.asked_mode, "L2: another mode than the asked one"
         self.troubled = False
+
+    def _out_of_reach(self, mode: ExecutionMode) -> bool:
+        """A lost card comes back with a new process, not before; a poisoned CUDA keeps only CLIP from it."""
+        if mode is ExecutionMode.AUTOPILOT:
+            return self.doomed
+        return mode is ExecutionMode.RECORDING and self.world.card.lost
 
     @rule()
     def nobody_uses_it(self) -> None:
