@@ -664,3 +664,41 @@ def test_leases_of_two_managers_are_not_confused() -> None:
     assert future.result(0).granted
     one.close()
     other.close()
+
+
+def test_what_cannot_be_known_is_not_unloaded_on_a_guess() -> None:
+    """Ollama does not answer: `ensure_vlm_unloaded` says so, and sends nothing."""
+    with story() as machine:
+        machine.troubled = True
+        machine.world.faults.arm("ollama.ps", "hang", times=None)
+        with pytest.raises(errors.ResidencyUnknown):
+            machine.manager.ensure_vlm_unloaded()
+
+        assert "unwanted-unknown" in rows(machine)
+        assert not [entry for entry in machine.world.ollama.log if entry.op == "ollama.unload"]
+
+
+def test_whoever_holds_clip_cannot_ask_for_its_move() -> None:
+    """The explicit move is no exception."""
+    with story() as machine, machine.manager.clip(), pytest.raises(errors.LeaseHeld):
+        machine.manager.migrate_clip_to_gpu()
+
+
+def test_a_leased_leftover_is_tidied_up_when_the_lease_has_ended() -> None:
+    """Shedding leaves a leased CLIP on the card and lists it; recovery does not shed it under the lease."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.troubled = True
+        manager.set_execution_mode("autopilot")
+        with manager.clip():
+            world.faults.arm("ollama.ps", "hang", times=None)
+            manager.drive_for(manager.config.unknown_max_s + 60.0)
+            assert State.DEGRADED is manager.get_status().state
+            assert any("CLIP" in left for left in manager.get_status().leftovers)
+            assert "gpu" == world.clip.place
+        manager.drive_for(manager.config.recover_cap_s + 30.0)
+        assert "cpu" == world.clip.place
+        world.faults.heal()
+        manager.drive_for(manager.config.recover_cap_s + 30.0)
+
+        assert (State.AUTOPILOT, "gpu") == (manager.get_status().state, world.clip.place)
