@@ -211,7 +211,7 @@ def test_what_runs_out_of_memory_in_a_step_names_them_too(bench: Bench, mode: st
     outcome = bench.make().set_execution_mode(mode)
     assert outcome.reason is not None
     assert outcome.reason.code == "vram_insufficient"
-    assert "game.exe (pid 4242): 200 MiB" in outcome.reason.detail
+    assert "game.exe (pid 4242): 200 MiB" in outcome.reason.remedy
 
 
 def test_pressure_names_them_too(bench: Bench) -> None:
