@@ -114,5 +114,5 @@ def run_python(code: str, *, env: dict[str, str] | None = None, options: tuple[s
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert done.stderr == "", done.stderr
     return done.stdout
