@@ -239,13 +239,14 @@ class Engine:
             closed = self._waiting_models if self.waiting else frozenset()
             holders = self._leases.drain(snapshot.models_to_move | closed)
             mine = ticket.holds if ticket else frozenset()
-            snapshot = attrs.evolve(
-                snapshot,
-                vlm_leased=bool(holders.vlm),
-                clip_leased=bool(holders.clip),
-                vlm_held_by_caller=bool(holders.vlm & mine),
-                clip_held_by_caller=bool(holders.clip & mine),
-            )
+            if holders.vlm or holders.clip:
+                snapshot = attrs.evolve(
+                    snapshot,
+                    vlm_leased=bool(holders.vlm),
+                    clip_leased=bool(holders.clip),
+                    vlm_held_by_caller=bool(holders.vlm & mine),
+                    clip_held_by_caller=bool(holders.clip & mine),
+                )
             if trigger == "check" and guards.hold_lapsed(snapshot):
                 without = Aim(mode=self.mode, plan=target(self.mode, None, snapshot))
                 snapshot = attrs.evolve(snapshot, aim=without)
@@ -257,13 +258,15 @@ class Engine:
         idle_due = self._leases.last_vlm_use + config.idle_timeout_s
         while self._reassertions and self._reassertions[0] < now - config.reassert_window_s:
             self._reassertions.popleft()
+        stays = self.state in STANDING and trigger in ("check", "renew")
         snapshot = Snapshot(
             trigger=trigger,
             state=self.state,
             mode=self.mode,
             asked=ticket.mode if ticket else None,
             hold=self._standing.hold,
-            aim=self._aim,
+            # A standing mode's own timers pursue what stands; what others pursue is worked out from the facts below.
+            aim=self._standing if stays else self._aim,
             seen=self._observer.seen,
             # Recovery by itself heeds the last failure; a person who asks again gets a try.
             vlm_needed_mib=self._observer.vlm_needed_mib(after_failure=ticket is None and self.state is State.DEGRADED),
@@ -286,7 +289,7 @@ class Engine:
             model_missing=self._model_missing(),
             leftovers=bool(self._leftovers) and not self._hands_off(),
         )
-        if self.state in STABLE:
+        if self.state in STABLE and not stays:
             snapshot = attrs.evolve(snapshot, aim=self._aim_of(trigger, ticket, snapshot))
         return snapshot
 

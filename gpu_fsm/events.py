@@ -120,6 +120,22 @@ class ForeignConsumer(Event):
     """Processes other than this one that hold memory, largest first, where the driver tells."""
 
 
+@frozen(kw_only=True)
+class VRAMLow(Event):
+    """Less than `floor_mib` is free: the card is as good as full, and some drivers page now instead of failing.
+
+    Told once for each time that free memory falls under the floor; lasting pressure leads to DEGRADED.
+    """
+
+    kind: ClassVar[str] = "vram_low"
+
+    free_mib: float
+    floor_mib: float
+    total_mib: float | None
+    holders: tuple[str, ...] = ()
+    """Processes other than this one that hold memory, largest first, where the driver tells."""
+
+
 KINDS: tuple[type[Event], ...] = (
     ModeChanged,
     StateChanged,
@@ -130,5 +146,6 @@ KINDS: tuple[type[Event], ...] = (
     VLMLost,
     ForeignEvicted,
     ForeignConsumer,
+    VRAMLow,
 )
 """Every event there is."""

@@ -107,7 +107,6 @@ class Snapshot:
     vlm_held_by_caller: bool = False
     clip_held_by_caller: bool = False
     drain_over: bool = False
-    closing_over: bool = False
 
     vlm_ours: bool = False
     used_since: bool = False

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import attrs
 
-from gpu_fsm.events import Event, ForeignConsumer, ResourceChanged
+from gpu_fsm.events import Event, ForeignConsumer, ResourceChanged, VRAMLow
 from gpu_fsm.guards import PROOF, Observation
 from gpu_fsm.ports import CLIPHost, Clock, VLMServer, VRAMProbe
 from gpu_fsm.settings import GPUResourceConfig
@@ -167,7 +167,9 @@ class Observer:
             self._unknown_since = None
         assumed = seen.vram.scope == "assumed"
         if free is not None and self._server.on_our_card and free < self._config.floor_mib and not assumed:
-            self._below_since = now if self._below_since is None else self._below_since
+            if self._below_since is None:
+                self._below_since = now
+                self._tell_low(seen)
         else:
             self._below_since = None
         if seen.residency.answer is Answer.NO:
@@ -181,6 +183,19 @@ class Observer:
             elif abs(free - told) >= self._config.resource_event_mib:
                 self._told_free_mib = free
                 self._tell(ResourceChanged(at=now, free_mib=free, told_mib=told, total_mib=seen.vram.total_mib))
+
+    def _tell_low(self, seen: Observation) -> None:
+        assert seen.vram.free_mib is not None
+        holders = self._probe.holders() or ()
+        self._tell(
+            VRAMLow(
+                at=seen.at,
+                free_mib=seen.vram.free_mib,
+                floor_mib=self._config.floor_mib,
+                total_mib=seen.vram.total_mib,
+                holders=tuple(str(holder) for holder in holders if holder.pid != os.getpid()),
+            )
+        )
 
     # --- how long ---
 

@@ -258,9 +258,10 @@ class SocketTransport(HTTPAdapter):
         proxies: Any = None,
     ) -> requests.Response:
         """Send; see `Transport`."""
-        self._timer = threading.Timer(timeout, self._expire)
-        self._timer.daemon = True
-        self._timer.start()
+        timer = threading.Timer(timeout, self._expire)
+        timer.daemon = True
+        if _started(timer):
+            self._timer = timer
         return super().send(request, stream=stream, timeout=timeout, verify=verify, cert=cert, proxies=proxies)
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
@@ -364,11 +365,24 @@ class SocketTransport(HTTPAdapter):
             if self._aborted:
                 raise ConnectionAbortedError("the call was aborted")
             self._resolving = answer
-        threading.Thread(target=look_up, name="gpu-fsm-resolve", daemon=True).start()
+        if not _started(threading.Thread(target=look_up, name="gpu-fsm-resolve", daemon=True)):
+            look_up()
         try:
             return answer.result(max(0.0, deadline - time.monotonic()))
         except FutureTimeout:
             raise TimeoutError(f"no address for {host} in time") from None
+
+
+def _started(thread: threading.Thread) -> bool:
+    """Start a thread; False once the interpreter ends, where some versions (CPython 3.12) start none any more.
+
+    What is sent then, the last unload, is bounded by the sockets' own timeouts and by whoever waits for the close.
+    """
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _permitted(address: str, *, local: bool) -> bool:

@@ -210,8 +210,12 @@ class _Worker:
 
     def _post(self, job: _Job) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=_drive, args=(self._jobs,), name="gpu_fsm-nvml", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=_drive, args=(self._jobs,), name="gpu_fsm-nvml", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # some versions (CPython 3.12) start no thread once the interpreter ends
+                raise _NoAnswer("the interpreter is ending") from None
+            self._thread = thread
             weakref.finalize(self, self._jobs.put, None)
         self._jobs.put(job)
 

@@ -24,7 +24,7 @@ from PIL import Image
 from gpu_fsm import ExecutionMode
 from gpu_fsm import clip as clip_module
 from gpu_fsm.errors import Bucket, ClipOutOfMemory, CudaPoisoned, ForkedProcess, InsufficientVRAM
-from gpu_fsm.events import ResourceChanged
+from gpu_fsm.events import ResourceChanged, VRAMLow
 from gpu_fsm.settings import GPUResourceConfig
 from gpu_fsm.vram import VRAMMonitor
 from tests.tools import building, fake_nvml, fakegpu, tiny_clip
@@ -256,6 +256,27 @@ def b12_no_room_is_not_tried_out(bench: Bench) -> None:
     assert bench.gpu.figures().all_allocations == 0
 
 
+def b12_a_card_that_is_nearly_full_is_told(bench: Bench) -> None:
+    """Used is as good as total: one event each time, with the figures and who holds the memory."""
+    manager = bench.make(check_interval_s=0.05)
+    told: list[VRAMLow] = []
+    manager.subscribe(told.append, VRAMLow)
+    until(lambda: manager.get_status().vram.free_mib is not None)
+    assert not told
+    for times in (1, 2):
+        bench.take(bench.game.free_mib - 100)
+        until(lambda times=times: len(told) == times)
+        looked_at = manager.get_status().observed_at
+        until(lambda then=looked_at: manager.get_status().observed_at > then + 0.15)
+        assert len(told) == times
+        bench.game.give_back("game")
+        until(lambda: (manager.get_status().vram.free_mib or 0.0) > manager.config.floor_mib)
+    low = told[0]
+    assert 0.0 < low.free_mib <= 100.0 < low.floor_mib
+    assert low.total_mib == manager.get_status().vram.total_mib
+    assert any("MiB" in holder for holder in low.holders)
+
+
 def b13_cards_go_by_uuid(bench: Bench) -> None:
     """A second card changes the driver's order and nothing else."""
     uuid = bench.nvml.state.device[0].uuid.decode()
@@ -294,6 +315,7 @@ B_ROWS: dict[str, Callable[[Bench], None]] = {
     "B09": b09_jitter_is_no_news,
     "B10": b10_reserved_memory_is_not_free,
     "B12": b12_no_room_is_not_tried_out,
+    "B12-warned": b12_a_card_that_is_nearly_full_is_told,
     "B13": b13_cards_go_by_uuid,
     "B14": b14_a_driver_that_hangs,
 }

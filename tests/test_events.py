@@ -250,6 +250,6 @@ def test_the_kinds_are_words_of_their_own() -> None:
     """The list of events is complete and no word is used twice."""
     assert {kind.kind for kind in KINDS} == {
         "mode_changed", "state_changed", "resource_changed", "idle_unload", "degraded", "recovered", "vlm_lost",
-        "foreign_evicted", "foreign_consumer",
+        "foreign_evicted", "foreign_consumer", "vram_low",
     }  # fmt: skip
     assert len({kind.kind for kind in KINDS}) == len(KINDS)

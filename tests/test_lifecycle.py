@@ -490,6 +490,27 @@ def test_the_exit_handler_loses_no_time() -> None:
     clock.close()
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_the_exit_handler_starts_no_thread(host: str) -> None:
+    """CPython 3.12 starts none once the interpreter ends; the unload goes out all the same."""
+    server, ollama, clock = served()
+    with server:
+        run_python(
+            "import atexit, threading\n"
+            "from gpu_fsm import GPUResourceManager, GPUResourceConfig\n"
+            f"config = GPUResourceConfig(ollama_url={server.url.replace('127.0.0.1', host)!r}, clip_model=None,\n"
+            "    vlm_model='sim-vlm:7b')\n"
+            "manager = GPUResourceManager(config)\n"
+            "assert manager.set_execution_mode('recording', timeout_s=30).granted\n"
+            "def refuse(thread):\n"
+            "    raise RuntimeError(\"can't create new thread at interpreter shutdown\")\n"
+            "atexit.register(setattr, threading.Thread, 'start', refuse)\n"
+        )
+        assert ollama.counts["loads"] == 1
+        assert ollama.loaded() == ()
+    clock.close()
+
+
 def test_the_exit_handler_leaves_no_socket_open() -> None:
     """With all warnings on a program that ends without closing prints nothing either."""
     server, _ollama, clock = served()
