@@ -315,9 +315,11 @@ class Engine:
                 return Aim(mode=mode, hold=hold, plan=target(mode, Hold.WANTED, s), fallback=self._fallback(s))
             case "vlm_unwanted" if degraded:
                 return Aim(mode=mode, plan=Plan(vlm=False))
-            case "vlm_unwanted" | "idle_timeout":
-                idle = trigger == "idle_timeout"
-                return Aim(mode=mode, hold=hold_of(mode, Hold.PARKED), plan=target(mode, Hold.PARKED, s), idle=idle)
+            case "idle_timeout":
+                parked = Aim(mode=mode, hold=hold_of(mode, Hold.PARKED), plan=target(mode, Hold.PARKED, s), idle=True)
+                return attrs.evolve(parked, fallback=self._still_in_use(parked))
+            case "vlm_unwanted":
+                return Aim(mode=mode, hold=hold_of(mode, Hold.PARKED), plan=target(mode, Hold.PARKED, s))
             case "migrate_clip":
                 assert ticket is not None
                 # A VLM that has gone, or that nobody can see, is not fetched back because CLIP moves.
@@ -332,6 +334,15 @@ class Engine:
                 return Aim(mode=mode, plan=target(mode, None, s))
             case _:
                 return self._standing
+
+    def _still_in_use(self, parked: Aim) -> Aim:
+        """Where an idle unload returns to that Ollama does not carry out: somebody else's request may run in the VLM.
+
+        RECORDING no longer promises it then, so that an unload which comes late is no loss to be put right.
+        """
+        if parked.mode is ExecutionMode.RECORDING:
+            return attrs.evolve(parked, plan=attrs.evolve(parked.plan, vlm=None), idle=False)
+        return self._standing
 
     def _fallback(self, s: Snapshot) -> Aim | None:
         """Where an on-demand attempt returns to when it fails; None where the mode itself hangs on it."""
@@ -518,6 +529,10 @@ class Engine:
         """The on-demand attempt failed: an error for the caller, then back to what the mode is without it."""
         assert self._aim.fallback is not None
         failure = self._failure or (errors_for_unplaced(s) if guards.known(s) else guards.unknown(s))
+        if self._aim.idle:
+            log.warning("gpu_fsm: the idle VLM is still in: %s", failure)
+            self._idle_since = None
+            self._idle_not_before = self._clock.monotonic() + self.config.idle_timeout_s
         self._refuse(failure)
         self._failure = None
         self._pursue(self._aim.fallback, previous=None)
@@ -692,7 +707,7 @@ class Engine:
         self._aim = self._standing
         self._previous = None
         self._check_at = now + self.config.check_interval_s
-        self._idle_not_before = now
+        self._idle_not_before = max(now, self._idle_not_before)
         if mode is not ExecutionMode.DEGRADED:
             self._reason, self._leftovers, self._failure = None, (), None
         if mode is not before:

@@ -702,3 +702,29 @@ def test_a_leased_leftover_is_tidied_up_when_the_lease_has_ended() -> None:
         manager.drive_for(manager.config.recover_cap_s + 30.0)
 
         assert (State.AUTOPILOT, "gpu") == (manager.get_status().state, world.clip.place)
+
+
+@pytest.mark.parametrize("mode", ["recording", "autopilot", "idle"])
+def test_an_idle_unload_waits_for_another_client_s_request(mode: str) -> None:
+    """Ollama unloads only once the stranger's answer is out: the mode stands, and the VLM goes at a later try."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, unload_deadline_s=5.0, idle_timeout_s=60.0)
+    manager.set_execution_mode(mode)
+    manager.ensure_vlm_loaded()
+    world.ollama.generate_s = 100.0
+    manager.drive_for(50.0)
+    world.ollama.foreign_generate(world.vlm.name)
+    manager.drive_for(40.0)
+    status = manager.get_status()
+    assert status.state.value == mode
+    assert world.vlm_resident()
+
+    manager.drive_for(150.0)
+    assert manager.get_status().state.value == mode
+    assert "shed" not in [record.row for record in manager.journal]
+    assert not world.vlm_resident()
+    assert [entry.op for entry in world.ollama.log if entry.client == "us"].count("ollama.load") == 1
+
+    manager.ensure_vlm_loaded()
+    assert world.vlm_resident()
+    assert manager.close() == ()
