@@ -12,9 +12,9 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 
@@ -24,7 +24,7 @@ from gpu_fsm.engine import Engine
 from gpu_fsm.events import Event
 from gpu_fsm.leases import LeaseBook, held_here
 from gpu_fsm.ports import CLIPHost, Clock, VLMServer, VRAMProbe
-from gpu_fsm.settings import GPUResourceConfig
+from gpu_fsm.settings import GPUResourceConfig, changes
 from gpu_fsm.states import STEPS
 from gpu_fsm.status import ClipPlace, ExecutionMode, GPUResourceStatus
 from gpu_fsm.tickets import Group, Kind, Mailbox, Outcome, Ticket
@@ -71,6 +71,7 @@ class Driver:
         self._reports: list[errors.GPUFSMError] = []
         self._post_lock = threading.Lock()
         self._closing: Ticket | None = None
+        self._new_config: GPUResourceConfig | None = None
         self.closed = False
         self._drive_lock = threading.Lock()
         self._driving: int | None = None
@@ -182,6 +183,20 @@ class Driver:
         if self.closed or self._closing is not None:
             raise errors.ManagerClosed(detail="the manager is closed", remedy="Make a new one.")
 
+    def reconfigure(self, given: GPUResourceConfig | Mapping[str, Any]) -> dict[str, Any]:
+        """Go by other settings from the next event on; a step under way ends with those it began with.
+
+        Returns what differs.  Raises `ConfigError` and changes nothing where a setting cannot change under way.
+        """
+        self.check_usable()
+        with self._post_lock:
+            now = self.config if self._new_config is None else self._new_config
+            new = given if isinstance(given, GPUResourceConfig) else _evolved(now, given)
+            differing = changes(now, new)
+            self._new_config = new
+        self.notify()
+        return differing
+
     # --- waiting ---
 
     def wait(self, future: Future[T], timeout_s: float | None) -> T:
@@ -250,6 +265,11 @@ class Driver:
         engine = self.engine
         if self.closed:
             return False
+        if self._new_config is not None:
+            with self._post_lock:
+                self.config, self._new_config = self._new_config, None
+            engine.reconfigure(self.config)
+            return True
         if self._reports:
             engine.fault(self._reports.pop(0))
             return True
@@ -293,7 +313,7 @@ class Driver:
         return min(self.engine.timers().values(), default=None)
 
     def _has_work(self) -> bool:
-        if self._reports or self.engine.waiting_is_due():
+        if self._new_config is not None or self._reports or self.engine.waiting_is_due():
             return True
         if len(self.mailbox) and (not self.engine.waiting or self.mailbox.head_preempts() or self.mailbox.has_a_holder):
             return True
@@ -327,7 +347,7 @@ class Driver:
         return attrs.evolve(
             self._status,
             leases=self.leases.snapshot,
-            queued=len(self.mailbox),
+            queued=len(self.mailbox) + len(self.engine.waiting),
             now_at=self.clock.monotonic(),
             closed=self.closed,
             listener_errors=self._listener_errors,
@@ -383,3 +403,10 @@ class Driver:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout_s)
+
+
+def _evolved(config: GPUResourceConfig, given: Mapping[str, Any]) -> GPUResourceConfig:
+    for name in given:
+        if name not in attrs.fields_dict(GPUResourceConfig):
+            raise errors.ConfigError(name=errors.one_line(name, 80), detail="there is no such setting")
+    return attrs.evolve(config, **given)

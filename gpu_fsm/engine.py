@@ -495,7 +495,7 @@ class Engine:
             ticket.refuse(displaced)
         self._serving = successors
         for_stable = attrs.evolve(s, trigger=head.kind, asked=head.mode)
-        aim = self._aim_of_ticket(head, for_stable)
+        aim = self._aim_of(head.kind, head, for_stable)
         holders = self._leases.holders()
         of_caller = attrs.evolve(
             for_stable,
@@ -513,14 +513,6 @@ class Engine:
             self.asked_mode = head.mode
         self._pursue(aim, previous=None, keep_released=True)
         self._seq = newest(self._serving)
-
-    def _aim_of_ticket(self, ticket: Ticket, s: Snapshot) -> Aim:
-        if ticket.kind == "close":
-            release = self._observer.vlm_ours and self.config.on_close == "release"
-            clip: Literal["cpu"] | None = "cpu" if s.clip_managed else None
-            return Aim(mode=ExecutionMode.IDLE, plan=Plan(clip=clip, vlm=False if release else None))
-        assert ticket.mode is not None
-        return Aim(mode=ticket.mode, plan=target(ticket.mode, None, s))
 
     def act_proceed(self, s: Snapshot) -> None:
         """Go on to the next step of the same plan."""
@@ -610,8 +602,7 @@ class Engine:
         self._failure = errors.LeaseTimeout(detail=f"in use: {', '.join(holders)}", holders=holders)
 
     def act_shed_again(self, s: Snapshot) -> None:
-        """Try once more to get rid of what is left."""
-        self._recover_at = self._next_try()
+        """Try once more to get rid of what is left; settling in DEGRADED again arms the next try."""
 
     # --- standing ---
 
@@ -942,9 +933,16 @@ class Engine:
         """What every request of ours tells Ollama, in seconds."""
         return self._steps.keep_alive_s
 
-    def used_server(self) -> None:
-        """A request with our keep_alive has just been answered."""
-        self._steps.used_server()
+    def reconfigure(self, config: GPUResourceConfig) -> None:
+        """Go by other settings from the next event on; the timers follow by themselves, being made from them."""
+        self.config = config
+        self._steps.reconfigure(config)
+        self._observer.reconfigure(config)
+        self._check_at = min(self._check_at, self._clock.monotonic() + config.check_interval_s)
+
+    def used_server(self, keep_alive_s: float) -> None:
+        """A request that carried this keep_alive has just been answered."""
+        self._steps.used_server(keep_alive_s)
         self._observer.vlm_ours = True
 
     @property
