@@ -8,7 +8,9 @@ errors - exceptions with facts as attributes
 status - the words of the domain, and what is
 events - what happened
 ports - the Protocols to read to plug something else in
-settings - every setting, with its reason
+rules - what the value of a setting must be
+settings - every setting of the manager, with its reason
+appconfig - the settings of a whole program
 guards - the snapshot of one event, and the predicates on it
 states - the states, their promises, the table of all moves: read first
 tickets, leases - requests on their way; who uses which model
@@ -21,7 +23,9 @@ cardlock - one manager per card
 driver - the one writer: mailbox, threads, timers, listeners
 arguments, handles - what callers hand in; what a lease gives them
 aio - the asyncio face
+intercept - doors through which code that knows nothing of us reaches the VLM
 manager - the public face
+gateway - the same door for other programs, over HTTP
 agent - the reference agent: loop, detector, screen memory
 simulation - the simulated card, Ollama, CLIP and clock
 testing - the fuzz kit

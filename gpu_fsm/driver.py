@@ -183,6 +183,11 @@ class Driver:
         if self.closed or self._closing is not None:
             raise errors.ManagerClosed(detail="the manager is closed", remedy="Make a new one.")
 
+    @property
+    def newest_config(self) -> GPUResourceConfig:
+        """The settings that hold or are about to."""
+        return self._new_config or self.config
+
     def reconfigure(self, given: GPUResourceConfig | Mapping[str, Any]) -> dict[str, Any]:
         """Go by other settings from the next event on; a step under way ends with those it began with.
 
@@ -190,9 +195,8 @@ class Driver:
         """
         self.check_usable()
         with self._post_lock:
-            now = self.config if self._new_config is None else self._new_config
-            new = given if isinstance(given, GPUResourceConfig) else _evolved(now, given)
-            differing = changes(now, new)
+            new = given if isinstance(given, GPUResourceConfig) else _evolved(self.newest_config, given)
+            differing = changes(self.newest_config, new)
             self._new_config = new
         self.notify()
         return differing

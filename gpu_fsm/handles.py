@@ -86,13 +86,14 @@ class VLM:
         self._check_vision(what, options)
         limit = driver.config.inference_timeout_s if timeout_s is None else timeout_s
         driver.leases.touch()
+        keep_alive_s = engine.keep_alive_s  # what is sent counts, whatever the settings say when the answer comes
         try:
-            parts = call(what, keep_alive_s=engine.keep_alive_s, timeout_s=limit, **options)
+            parts = call(what, keep_alive_s=keep_alive_s, timeout_s=limit, **options)
             with contextlib.closing(cast("Generator[Completion, None, None]", parts)):
                 for part in parts:
                     driver.leases.touch()
                     if part.done:
-                        engine.used_server()
+                        engine.used_server(keep_alive_s)
                     yield part
                     if not part.done:
                         self._check_lease()  # a stream may outlive the `with` that it was started in

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, overload
 
 from gpu_fsm import errors
 from gpu_fsm.arguments import as_mode, as_timeout, default_holder
@@ -30,6 +30,11 @@ from gpu_fsm.tickets import Outcome
 
 if TYPE_CHECKING:
     from gpu_fsm.aio import AsyncVerbs
+    from gpu_fsm.intercept.doors import OtherModels, Rules
+    from gpu_fsm.intercept.httpx_transport import AsyncVLMTransport, VLMTransport
+    from gpu_fsm.intercept.requests_adapter import DoorSession
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Anchor:
@@ -86,7 +91,6 @@ class GPUResourceManager:
             _introduce(clip_host, vram_probe)
             card_lock = CardLock()
             card_lock.watch(vram_probe.read(config.observe_timeout_s).device_uuid)
-        self.config = config
         self._driver = Driver(
             config,
             server=vlm_server,
@@ -174,6 +178,55 @@ class GPUResourceManager:
             forget(lease)
             driver.leases.release(lease)
 
+    # --- doors for code that knows nothing of us ---
+
+    def requests_session(
+        self, *, holder: str = "", other_models: OtherModels = "pass", timeout_s: float | None = None
+    ) -> DoorSession:
+        """A session for code that calls Ollama with `requests`: what runs the VLM loads it first and holds a lease.
+
+        The lease lasts until the answer is read, closed or forgotten.  `timeout_s` bounds the wait for it.  A refusal
+        comes as an HTTP answer with `{"error": ...}`.
+        """
+        from gpu_fsm.intercept import requests_adapter
+
+        return requests_adapter.session(self, self._door(other_models, timeout_s), holder=holder)
+
+    def httpx_transport(
+        self, *, holder: str = "", other_models: OtherModels = "pass", timeout_s: float | None = None
+    ) -> VLMTransport:
+        """The same for clients on `httpx`: `ollama.Client(transport=manager.httpx_transport())`."""
+        from gpu_fsm.intercept.httpx_transport import VLMTransport
+
+        return VLMTransport(self, self._door(other_models, timeout_s), holder=holder)
+
+    def async_httpx_transport(
+        self, *, holder: str = "", other_models: OtherModels = "pass", timeout_s: float | None = None
+    ) -> AsyncVLMTransport:
+        """The same for asyncio: `ollama.AsyncClient(transport=manager.async_httpx_transport())`."""
+        from gpu_fsm.intercept.httpx_transport import AsyncVLMTransport
+
+        return AsyncVLMTransport(self, self._door(other_models, timeout_s), holder=holder)
+
+    @overload
+    def needs_vlm(self, function: F, /) -> F: ...
+    @overload
+    def needs_vlm(self, /, *, holder: str = "", timeout_s: float | None = None) -> Callable[[F], F]: ...
+    def needs_vlm(self, function: Any = None, /, *, holder: str = "", timeout_s: float | None = None) -> Any:
+        """Decorate a function, coroutine function or generator: it runs under a lease on the VLM, loaded first.
+
+        `@manager.needs_vlm` or `@manager.needs_vlm(holder="caption", timeout_s=60)`.
+        """
+        return self._leased("vlm", function, holder, timeout_s)
+
+    @overload
+    def needs_clip(self, function: F, /) -> F: ...
+    @overload
+    def needs_clip(self, /, *, holder: str = "", timeout_s: float | None = None) -> Callable[[F], F]: ...
+    def needs_clip(self, function: Any = None, /, *, holder: str = "", timeout_s: float | None = None) -> Any:
+        """The same with a lease on CLIP, which stays where it is."""
+        return self._leased("clip", function, holder, timeout_s)
+
     # --- looking ---
 
     def get_status(self) -> GPUResourceStatus:
@@ -208,6 +261,21 @@ class GPUResourceManager:
         if not callable(callback):
             raise errors.BadArgument(detail=f"{callback!r} cannot be called")
         return self._driver.subscribe(callback, wanted)
+
+    @property
+    def config(self) -> GPUResourceConfig:
+        """The settings it goes by."""
+        return self._driver.newest_config
+
+    def reconfigure(self, config: GPUResourceConfig | None = None, /, **settings: Any) -> dict[str, Any]:
+        """Change settings while it runs: to those of `config`, or the ones that are named.  Waits for nothing.
+
+        They hold from the next event on; a step under way ends with the old ones.  `idle_timeout_s` counts from the
+        last use, and a longer one is told to Ollama before its own timer fires.  Returns what differs.  Raises
+        `ConfigError`, and changes nothing, for a value that cannot be used and for a setting that cannot change under
+        way, with the reason; `Setting.live` tells which can.
+        """
+        return self._driver.reconfigure(settings if config is None else config)
 
     @property
     def aio(self) -> AsyncVerbs:
@@ -291,6 +359,17 @@ class GPUResourceManager:
     def _ask(self, kind: Any, timeout_s: float | None) -> None:
         timeout_s = as_timeout(timeout_s)
         self._driver.wait(self._driver.post(kind).future, timeout_s)
+
+    def _door(self, other_models: OtherModels, timeout_s: float | None) -> Rules:
+        from gpu_fsm.intercept.doors import Rules
+
+        return Rules(other_models=other_models, timeout_s=as_timeout(timeout_s))
+
+    def _leased(self, model: Literal["vlm", "clip"], function: Any, holder: str, timeout_s: float | None) -> Any:
+        from gpu_fsm.intercept.decorators import leased
+
+        decorate: Callable[[Any], Any] = leased(self, model, holder=holder, timeout_s=as_timeout(timeout_s))
+        return decorate if function is None else decorate(function)
 
     def _migrate(self, place: ClipPlace, timeout_s: float | None) -> None:
         timeout_s = as_timeout(timeout_s)

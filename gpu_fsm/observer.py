@@ -59,6 +59,10 @@ class Observer:
         self._unknown_since: float | None = None
         self._below_since: float | None = None
 
+    def reconfigure(self, config: GPUResourceConfig) -> None:
+        """Go by other settings from the next look on."""
+        self._config = config
+
     def look(self, *, catalog: bool = False, quiet: bool = False, patient: bool = False) -> Observation:
         """Ask all three ports; with `catalog` also whether the server has an absent model on disk.
 

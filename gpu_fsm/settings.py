@@ -8,244 +8,48 @@ and gives way to `GPU_FSM_OLLAMA_URL`.
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
-import json
 import logging
-import math
-import numbers
-import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
 import attrs
-from attrs import field, frozen
+from attrs import frozen
 
 from gpu_fsm.errors import ConfigError, one_line
+from gpu_fsm.rules import (
+    Rule,
+    SecretURL,
+    Text,
+    Wrong,
+    as_text,
+    check_all,
+    count,
+    did_you_mean,
+    flag,
+    mib,
+    options,
+    printable,
+    seconds,
+    setting,
+    show,
+    word,
+)
 
 _log = logging.getLogger("gpu_fsm")
 
 ENV_PREFIX = "GPU_FSM_"
 CONFIG_VARIABLE = "GPU_FSM_CONFIG"
-"""Names the TOML file where no path is given.  No file is looked for in the current folder: a folder that somebody else
-filled must not decide which server gets the screenshots."""
+"""Names the TOML file where no path is given.  `load_config` looks for no other: a folder that somebody else filled
+must not decide which server gets the screenshots."""
 SECTION = "gpu-fsm"
+OTHER_SECTIONS = ("agent", "control", "gateway")
+"""Tables under `[gpu-fsm]`, and beginnings of variables, that are not the manager's; `AppConfig` reads them."""
 DEFAULT_OLLAMA_URL = "http://127.0.0.1:11434"
-
-_LONGEST_S = 4_000_000.0
-"""46 days: threads cannot wait longer than 2**32 ms on every platform."""
-_MOST_MIB = 16_777_216.0
-"""16 TiB: no card has it, so a larger figure was meant in bytes or KiB."""
-
-
-class SecretURL(str):
-    """A URL that keeps its credentials and does not show them.
-
-    The text itself is whole, so `urlsplit(url)` and comparisons see everything; `repr`, `str`, `format` and `%s` show
-    `***` in the place of user and password.  Not covered, because they read the text: concatenation, `json.dumps`.
-    `reveal()` gives the plain whole text, `redacted` the harmless one.
-    """
-
-    __slots__ = ()
-
-    def __new__(cls, text: str) -> Self:
-        # `str(text)` would ask another SecretURL for its text, and get the one without credentials.
-        return super().__new__(cls, str.__str__(text))
-
-    @property
-    def redacted(self) -> str:
-        """The URL without credentials, for people, logs and errors."""
-        return _redact(self.reveal())
-
-    def reveal(self) -> str:
-        """The whole URL as a plain string, credentials included."""
-        return str.__str__(self)
-
-    def __repr__(self) -> str:
-        return repr(self.redacted)
-
-    def __str__(self) -> str:
-        return self.redacted
-
-    def __format__(self, spec: str) -> str:
-        return format(self.redacted, spec)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.reveal(),)
-
-
-def _redact(text: str) -> str:
-    """Hide what stands before the last `@`, and a URL's query; works on text that is no URL too."""
-    text = re.sub(r"\A(\s*[A-Za-z][A-Za-z0-9+.-]*://)?.*@", lambda m: (m[1] or "") + "***@", text, flags=re.DOTALL)
-    return re.sub(r"[?#].*", "?***", text, flags=re.DOTALL) if "://" in text else text
-
-
-# --- rules: what a value must be -------------------------------------------------------------------------------------
-
-
-class _Wrong(Exception):
-    """A rule refuses a value: what it must be, perhaps why and how to mend it.  Never leaves this module."""
-
-    def __init__(self, bound: str, *, remedy: str = "") -> None:
-        super().__init__(bound)
-        self.bound = bound
-        self.remedy = remedy
-
-
-class _Rule(Protocol):
-    @property
-    def bound(self) -> str:
-        """What a value must be, to follow "is not"."""
-
-    def check(self, value: Any) -> Any:
-        """Return the value in its normal form or raise `_Wrong`."""
-
-    def parse(self, text: str) -> Any:
-        """Read text from the environment or the command line; `check` comes after."""
-
-
-@frozen
-class _Number:
-    unit: str
-    most: float
-    zero: bool = False
-
-    @property
-    def bound(self) -> str:
-        return f"a number of {self.unit} {'from 0' if self.zero else 'above 0'}, at most {self.most:.0f}"
-
-    def check(self, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise _Wrong(self.bound)
-        try:
-            number = float(value)
-        except (OverflowError, ValueError):
-            raise _Wrong(self.bound) from None
-        if not math.isfinite(number) or number > self.most or number < 0 or (number == 0 and not self.zero):
-            raise _Wrong(self.bound)
-        return number + 0.0  # -0.0 becomes 0.0
-
-    def parse(self, text: str) -> float:
-        try:
-            return float(text.replace("_", "?"))  # Python would read 1_0 as ten
-        except ValueError:
-            raise _Wrong(self.bound) from None
-
-
-@frozen
-class _Count:
-    least: int
-    most: int
-
-    @property
-    def bound(self) -> str:
-        return f"a whole number from {self.least} to {self.most}"
-
-    def check(self, value: Any) -> int:
-        if isinstance(value, bool):
-            raise _Wrong(self.bound)
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise _Wrong(self.bound) from None
-        if not self.least <= number <= self.most:
-            raise _Wrong(self.bound)
-        return number
-
-    def parse(self, text: str) -> int:
-        if not re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", text):
-            raise _Wrong(self.bound)
-        return int(text)
-
-
-@frozen
-class _Flag:
-    bound: str = "true or false"
-
-    def check(self, value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise _Wrong(self.bound)
-        return value
-
-    def parse(self, text: str) -> bool:
-        word = text.strip().casefold()
-        if word in ("true", "yes", "on", "1"):
-            return True
-        if word in ("false", "no", "off", "0"):
-            return False
-        raise _Wrong(self.bound)
-
-
-@frozen
-class _Word:
-    words: tuple[str, ...]
-
-    @property
-    def bound(self) -> str:
-        return f"one of {', '.join(self.words)}"
-
-    def check(self, value: Any) -> str:
-        if not isinstance(value, str) or value not in self.words:
-            raise _Wrong(self.bound, remedy=_did_you_mean(value, self.words))
-        return value
-
-    def parse(self, text: str) -> str:
-        return text
-
-
-@frozen
-class _Text:
-    bound: str
-    checker: Callable[[str], str]
-    optional: bool = False
-
-    def check(self, value: Any) -> str | None:
-        if self.optional and (value is None or (isinstance(value, str) and value.casefold() == "none")):
-            return None  # TOML has no null, and neither has the environment
-        if not isinstance(value, str):
-            raise _Wrong(self.bound)
-        return self.checker(value)
-
-    def parse(self, text: str) -> str:
-        return text
-
-
-@frozen
-class _Options:
-    bound: str = "a table of runner options with JSON values"
-
-    def check(self, value: Any) -> dict[str, Any]:
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
-            raise _Wrong(self.bound)
-        try:
-            # The trip through JSON is what will happen to it on the wire, and makes the copy that nobody else holds.
-            copy: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
-        except (TypeError, ValueError, RecursionError):
-            raise _Wrong(self.bound) from None
-        return copy
-
-    def parse(self, text: str) -> Any:
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            raise _Wrong('a JSON object, such as {"num_ctx": 4096}') from None
-
-
-def _did_you_mean(value: object, known: Iterable[str]) -> str:
-    if not isinstance(value, str):
-        return ""
-    by_folded = {word.casefold(): word for word in known}
-    near = difflib.get_close_matches(value.casefold(), by_folded, n=1, cutoff=0.5)
-    return f"Did you mean {by_folded[near[0]]}?" if near else ""
-
-
-def _show(value: object) -> str:
-    """A value as an error may show it: short, on one line, without credentials."""
-    return one_line(repr(_redact(value) if isinstance(value, str) else value), 80)
 
 
 # --- model names -----------------------------------------------------------------------------------------------------
@@ -259,26 +63,20 @@ _MODEL_BOUND = "a model name such as qwen2.5vl:7b ([host/][namespace/]model[:tag
 
 def _check_model(name: str) -> str:
     if not name.strip():
-        raise _Wrong(_MODEL_BOUND, remedy="`ollama list` shows the names you have.")
+        raise Wrong(_MODEL_BOUND, remedy="`ollama list` shows the names you have.")
     if not _MODEL.fullmatch(name):
-        raise _Wrong(_MODEL_BOUND)
+        raise Wrong(_MODEL_BOUND)
     if name.casefold().endswith((":cloud", "-cloud")):
-        raise _Wrong(
+        raise Wrong(
             "a model that runs on this card (cloud models use none of its memory and cannot be unloaded)",
             remedy="Name a local model.",
         )
     return name
 
 
-def _check_printable(text: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise _Wrong("a name on one line, not empty")
-    return text
-
-
 def _check_device(text: str) -> str:
     if not re.fullmatch(r"[a-z]+(:[0-9]{1,3})?", text):
-        raise _Wrong(_DEVICE_BOUND, remedy=_did_you_mean(text, ("auto", "cpu", "cuda", "cuda:0", "mps")))
+        raise Wrong(_DEVICE_BOUND, remedy=did_you_mean(text, ("auto", "cpu", "cuda", "cuda:0", "mps")))
     return text
 
 
@@ -302,7 +100,7 @@ def _addresses(host: str) -> tuple[_Address, ...]:
     except ValueError:
         # 2130706433, 0x7f.1 and 0177.0.0.1 are addresses to some resolvers and names to others.
         if ":" in host or re.fullmatch(r"[0-9]+|0[xX][0-9a-fA-F]*", host.rstrip(".").rpartition(".")[2]):
-            raise _Wrong("an address in its usual notation") from None
+            raise Wrong("an address in its usual notation") from None
         return ()
     if isinstance(address, ipaddress.IPv4Address):
         return (address,)
@@ -323,27 +121,27 @@ def is_loopback(url: str) -> bool:
 def _check_url(text: str) -> SecretURL:
     whole = SecretURL(text).reveal()
     if not whole.isascii() or not whole.isprintable() or set(whole) & set(' \\"<>^`{|}'):
-        raise _Wrong("an address without spaces, control or other special characters")
+        raise Wrong("an address without spaces, control or other special characters")
     try:
         parts = urlsplit(whole)
         host, port = parts.hostname or "", parts.port
     except ValueError:
-        raise _Wrong("an address with a host and a port from 1 to 65535") from None
+        raise Wrong("an address with a host and a port from 1 to 65535") from None
     if parts.scheme not in ("http", "https") or "://" not in whole:
-        raise _Wrong("an address that begins with http:// or https://", remedy=f"Write it like {DEFAULT_OLLAMA_URL}.")
+        raise Wrong("an address that begins with http:// or https://", remedy=f"Write it like {DEFAULT_OLLAMA_URL}.")
     if "#" in whole or "?" in whole:
-        raise _Wrong("an address without a fragment (#) or a query (?)")
+        raise Wrong("an address without a fragment (#) or a query (?)")
     if parts.netloc.count("@") > 1:
-        raise _Wrong("an address with one @ at most", remedy="Write an @ in the password as %40.")
+        raise Wrong("an address with one @ at most", remedy="Write an @ in the password as %40.")
     if "@" in parts.path:  # a slash typed too early makes a path of the password
-        raise _Wrong("an address without an @ in its path")
+        raise Wrong("an address without an @ in its path")
     if port == 0 or not re.fullmatch(r"[a-z0-9._:-]+", host):
-        raise _Wrong("an address with a host and a port from 1 to 65535")
+        raise Wrong("an address with a host and a port from 1 to 65535")
     found = _addresses(host)
     if host.rstrip(".") in _METADATA_HOSTS or any(
         address.is_link_local or address in _METADATA_ADDRESSES or address.is_multicast for address in found
     ):
-        raise _Wrong("an Ollama server (link-local, metadata and multicast addresses are never one)")
+        raise Wrong("an Ollama server (link-local, metadata and multicast addresses are never one)")
     return SecretURL(_joined(parts, host, port))
 
 
@@ -365,10 +163,10 @@ def parse_ollama_host(text: str) -> SecretURL:
     wanted = text.strip().strip("\"'")
     try:
         return _check_url(_expand_ollama_host(wanted))
-    except _Wrong as wrong:
+    except Wrong as wrong:
         raise ConfigError(
             name="ollama_url",
-            value=_show(text),
+            value=show(text),
             bound=wrong.bound,
             source="environment OLLAMA_HOST",
             remedy=wrong.remedy or f"Set OLLAMA_HOST to something like {DEFAULT_OLLAMA_URL}, or unset it.",
@@ -377,12 +175,12 @@ def parse_ollama_host(text: str) -> SecretURL:
 
 def _expand_ollama_host(text: str) -> str:
     if not text.isprintable():
-        raise _Wrong("an address without control characters")
+        raise Wrong("an address without control characters")
     scheme, separator, rest = text.partition("://")
     if not separator:
         scheme, rest = ("https", "ollama.com:443") if text == "ollama.com" else ("http", text)
     if scheme.lower() not in ("http", "https"):
-        raise _Wrong("an address with the scheme http or https")
+        raise Wrong("an address with the scheme http or https")
     default_port = {"http": "80", "https": "443"}.get(scheme, "11434") if separator else "11434"
     place, slash, path = rest.partition("/")
     user, at, place = place.rpartition("@")
@@ -410,35 +208,6 @@ def _is_ipv6(text: str) -> bool:
 # --- the settings ----------------------------------------------------------------------------------------------------
 
 
-def _setting(default: Any, rule: _Rule, about: str) -> Any:
-    # No attrs converter: typed-settings would call it, alone and out of place.  `__attrs_post_init__` checks.
-    return field(default=default, metadata={"rule": rule, "about": about})
-
-
-def _seconds(default: float, about: str, *, zero: bool = False) -> Any:
-    return _setting(default, _Number("seconds", _LONGEST_S, zero), about)
-
-
-def _mib(default: float, about: str, *, zero: bool = False) -> Any:
-    return _setting(default, _Number("MiB", _MOST_MIB, zero), about)
-
-
-def _count(default: int, least: int, most: int, about: str) -> Any:
-    return _setting(default, _Count(least, most), about)
-
-
-def _word(default: str, words: tuple[str, ...], about: str) -> Any:
-    return _setting(default, _Word(words), about)
-
-
-def _flag(default: bool, about: str) -> Any:
-    return _setting(default, _Flag(), about)
-
-
-def _copied(about: str) -> Any:
-    return field(factory=dict, metadata={"rule": _Options(), "about": about})
-
-
 @frozen(kw_only=True)
 class GPUResourceConfig:
     """Everything the manager can be told.  MiB for memory, seconds for time.  Raises `ConfigError` for a bad value.
@@ -447,110 +216,114 @@ class GPUResourceConfig:
     """
 
     # Ollama and the VLM
-    ollama_url: str = _setting(
+    ollama_url: str = setting(
         DEFAULT_OLLAMA_URL,
-        _Text(_URL_BOUND, _check_url),
+        Text(_URL_BOUND, _check_url),
         "where Ollama listens; kept as a `SecretURL`, which hides credentials wherever it is shown",
     )
-    allow_remote: bool = _flag(False, "let `ollama_url` be another machine: screenshots are sent there")
-    vlm_model: str = _setting("qwen2.5vl:7b", _Text(_MODEL_BOUND, _check_model), "the VLM, by Ollama's name")
-    vlm_size_mib: float = _mib(
-        6144.0, "its size until measured or told by Ollama: 7B at 4 bits with its projector and context"
+    allow_remote: bool = flag(False, "let `ollama_url` be another machine: screenshots are sent there")
+    vlm_model: str = setting("qwen2.5vl:7b", Text(_MODEL_BOUND, _check_model), "the VLM, by Ollama's name")
+    vlm_size_mib: float = mib(
+        6144.0, "its size until measured or told by Ollama: 7B at 4 bits with its projector and context", live=True
     )
-    vlm_options: Mapping[str, Any] = _copied(
+    vlm_options: Mapping[str, Any] = options(
         "runner options, sent alike on load, renewal and inference: different options reload the model"
     )
-    on_partial_offload: Literal["reload", "accept", "degrade"] = _word(
-        "reload", ("reload", "accept", "degrade"), "what to do with a VLM that is only partly on the GPU"
+    on_partial_offload: Literal["reload", "accept", "degrade"] = word(
+        "reload", ("reload", "accept", "degrade"), "what to do with a VLM that is only partly on the GPU", live=True
     )
-    on_shortage: Literal["degrade", "refuse"] = _word(
-        "degrade", ("degrade", "refuse"), "a mode without room: degrade and recover later, or refuse and stay"
+    on_shortage: Literal["degrade", "refuse"] = word(
+        "degrade",
+        ("degrade", "refuse"),
+        "a mode without room: degrade and recover later, or refuse and stay",
+        live=True,
     )
-    on_close: Literal["release", "leave"] = _word(
-        "release", ("release", "leave"), "what `close()` does with the VLM in Ollama"
+    on_close: Literal["release", "leave"] = word(
+        "release", ("release", "leave"), "what `close()` does with the VLM in Ollama", live=True
     )
 
     # CLIP
-    clip_model: str | None = _setting(
+    clip_model: str | None = setting(
         "clip-ViT-B-32",
-        _Text("a name or folder for sentence-transformers, or none", _check_printable, optional=True),
+        Text("a name or folder for sentence-transformers, or none", printable, optional=True),
         "name or folder for sentence-transformers; `none` manages no CLIP",
     )
-    clip_device: str = _setting(
-        "auto", _Text(_DEVICE_BOUND, _check_device), "`auto`, `cpu`, or a torch device such as `cuda:0`"
+    clip_device: str = setting(
+        "auto", Text(_DEVICE_BOUND, _check_device), "`auto`, `cpu`, or a torch device such as `cuda:0`"
     )
-    allow_pickle_weights: bool = _flag(False, "load weights that are not safetensors; a pickle can run code")
+    allow_pickle_weights: bool = flag(False, "load weights that are not safetensors; a pickle can run code")
 
     # the card
-    gpu_uuid: str | None = _setting(
+    gpu_uuid: str | None = setting(
         None,
-        _Text("the UUID of a GPU (`nvidia-smi -L` lists them), or none", _check_printable, optional=True),
+        Text("the UUID of a GPU (`nvidia-smi -L` lists them), or none", printable, optional=True),
         "which GPU, by its UUID; `none` takes the first",
     )
-    vram_budget_mib: float = _mib(
+    vram_budget_mib: float = mib(
         0.0,
         "what Ollama and CLIP may share on a card whose driver tells nothing (no NVML); an assumption, 0 makes none",
         zero=True,
     )
-    ollama_card: Literal["same", "other"] = _word(
+    ollama_card: Literal["same", "other"] = word(
         "same", ("same", "other"), "`other`: Ollama has a card of its own, so the VLM needs no room on CLIP's"
     )
-    reserve_mib: float = _mib(
-        512.0, "left free on every acquisition, for the desktop and the next allocation of others", zero=True
+    reserve_mib: float = mib(
+        512.0, "left free on every acquisition, for the desktop and the next allocation of others", zero=True, live=True
     )
-    floor_mib: float = _mib(
-        128.0, "less free than this for `pressure_s` is pressure: drivers begin to page or fail", zero=True
+    floor_mib: float = mib(
+        128.0, "less free than this for `pressure_s` is pressure: drivers begin to page or fail", zero=True, live=True
     )
-    pressure_s: float = _seconds(10.0, "how long below `floor_mib` before the VLM goes", zero=True)
-    resource_event_mib: float = _mib(100.0, "free memory must move this far before `resource_changed` is told")
+    pressure_s: float = seconds(10.0, "how long below `floor_mib` before the VLM goes", zero=True, live=True)
+    resource_event_mib: float = mib(
+        100.0, "free memory must move this far before `resource_changed` is told", live=True
+    )
 
     # time
-    idle_timeout_s: float = _seconds(300.0, "unload the VLM this long after its last use")
-    keep_alive_margin_s: float = _seconds(
-        60.0, "Ollama's own timer runs this much longer, so that it fires only when we are gone", zero=True
+    idle_timeout_s: float = seconds(300.0, "unload the VLM this long after its last use", live=True)
+    keep_alive_margin_s: float = seconds(
+        60.0, "Ollama's own timer runs this much longer, so that it fires only when we are gone", zero=True, live=True
     )
-    vlm_load_deadline_s: float = _seconds(
-        360.0, "for a load with its retries; longer than Ollama's own stall limit of 300 s, which it must not cut off"
+    vlm_load_deadline_s: float = seconds(
+        360.0,
+        "for a load with its retries; longer than Ollama's own stall limit of 300 s, which it must not cut off",
+        live=True,
     )
-    inference_timeout_s: float = _seconds(300.0, "for one VLM request; a lease may ask for less or more")
-    vlm_load_retries: int = _count(3, 0, 3, "tries after the first, for failures that another try may mend")
-    retry_base_s: float = _seconds(1.0, "first pause between tries; each doubles it", zero=True)
-    retry_cap_s: float = _seconds(8.0, "longest pause between tries", zero=True)
-    unload_deadline_s: float = _seconds(30.0, "for Ollama to drop the VLM: a running answer may finish")
-    unload_resend_s: float = _seconds(2.0, "ask again this often: an unload sent at the wrong moment is lost")
-    settle_timeout_s: float = _seconds(
-        6.0, "for the memory to come back after a release; Ollama itself allows 5 s, 0.5 to 1.5 s is typical"
+    inference_timeout_s: float = seconds(300.0, "for one VLM request; a lease may ask for less or more", live=True)
+    vlm_load_retries: int = count(3, 0, 3, "tries after the first, for failures that another try may mend")
+    retry_base_s: float = seconds(1.0, "first pause between tries; each doubles it", zero=True)
+    retry_cap_s: float = seconds(8.0, "longest pause between tries", zero=True)
+    unload_deadline_s: float = seconds(30.0, "for Ollama to drop the VLM: a running answer may finish", live=True)
+    unload_resend_s: float = seconds(2.0, "ask again this often: an unload sent at the wrong moment is lost", live=True)
+    settle_timeout_s: float = seconds(
+        6.0, "for the memory to come back after a release; Ollama itself allows 5 s, 0.5 to 1.5 s is typical", live=True
     )
-    settle_poll_s: float = _seconds(0.1, "how often to look meanwhile")
-    blind_settle_s: float = _seconds(2.0, "how long to wait for a release that no driver shows", zero=True)
-    observe_timeout_s: float = _seconds(2.5, "for one look at Ollama and the card")
-    unknown_max_s: float = _seconds(60.0, "Ollama may be silent this long in a standing mode; it can block for 19 s")
-    check_interval_s: float = _seconds(15.0, "how often a standing promise is checked; an error is looked into at once")
-    drain_timeout_s: float = _seconds(10.0, "how long a request waits for leases in its way", zero=True)
-    shed_drain_s: float = _seconds(2.0, "how long an emergency waits for a CLIP lease", zero=True)
-    shed_deadline_s: float = _seconds(20.0, "for everything that an emergency does")
-    recover_base_s: float = _seconds(2.0, "first pause before trying to leave DEGRADED; each doubles it")
-    recover_cap_s: float = _seconds(60.0, "longest pause before trying to leave DEGRADED")
-    stable_s: float = _seconds(30.0, "a mode must stand this long before that pause starts anew", zero=True)
-    reassert_limit: int = _count(3, 0, 1000, "how often, per `reassert_window_s`, to undo what another client did")
-    reassert_window_s: float = _seconds(600.0, "the window of `reassert_limit`")
-    journal_size: int = _count(1000, 1, 10_000_000, "records kept in memory")
+    settle_poll_s: float = seconds(0.1, "how often to look meanwhile", live=True)
+    blind_settle_s: float = seconds(2.0, "how long to wait for a release that no driver shows", zero=True, live=True)
+    observe_timeout_s: float = seconds(2.5, "for one look at Ollama and the card")
+    unknown_max_s: float = seconds(
+        60.0, "Ollama may be silent this long in a standing mode; it can block for 19 s", live=True
+    )
+    check_interval_s: float = seconds(
+        15.0, "how often a standing promise is checked; an error is looked into at once", live=True
+    )
+    drain_timeout_s: float = seconds(10.0, "how long a request waits for leases in its way", zero=True)
+    shed_drain_s: float = seconds(2.0, "how long an emergency waits for a CLIP lease", zero=True, live=True)
+    shed_deadline_s: float = seconds(20.0, "for everything that an emergency does", live=True)
+    recover_base_s: float = seconds(2.0, "first pause before trying to leave DEGRADED; each doubles it", live=True)
+    recover_cap_s: float = seconds(60.0, "longest pause before trying to leave DEGRADED", live=True)
+    stable_s: float = seconds(30.0, "a mode must stand this long before that pause starts anew", zero=True, live=True)
+    reassert_limit: int = count(
+        3, 0, 1000, "how often, per `reassert_window_s`, to undo what another client did", live=True
+    )
+    reassert_window_s: float = seconds(600.0, "the window of `reassert_limit`", live=True)
+    journal_size: int = count(1000, 1, 10_000_000, "records kept in memory")
 
     def __attrs_post_init__(self) -> None:
-        for attribute in attrs.fields(type(self)):
-            rule: _Rule = attribute.metadata["rule"]
-            given = getattr(self, attribute.name)
-            try:
-                value = rule.check(given)
-            except _Wrong as wrong:
-                raise ConfigError(
-                    name=attribute.name, value=_show(given), bound=wrong.bound, remedy=wrong.remedy
-                ) from None
-            object.__setattr__(self, attribute.name, value)  # frozen for others: the normal form replaces the given
+        check_all(self)
         if not self.allow_remote and not is_loopback(self.ollama_url):
             raise ConfigError(
                 name="ollama_url",
-                value=_show(self.ollama_url),
+                value=show(self.ollama_url),
                 bound="this machine (localhost, 127.0.0.0/8 or ::1)",
                 remedy="Screenshots would be sent there; if that is meant, set allow_remote to true.",
             )
@@ -567,6 +340,10 @@ class GPUResourceConfig:
                 )
 
 
+Fields = Mapping[str, "attrs.Attribute[Any]"]
+"""Settings by the name that files give them: `idle_timeout_s`, `agent.accept`."""
+
+
 @frozen(kw_only=True)
 class Setting:
     """One line of the settings table: what the README and the command line show."""
@@ -575,38 +352,75 @@ class Setting:
     default: str
     bound: str
     about: str
+    live: bool = False
+    """Whether a running manager may be given another value."""
 
     @property
     def variable(self) -> str:
         """Its environment variable."""
-        return ENV_PREFIX + self.name.upper()
+        return variable_of(self.name)
 
     @property
     def option(self) -> str:
         """Its option on the command line."""
-        return "--" + self.name.replace("_", "-")
+        return "--" + self.name.replace("_", "-").replace(".", "-")
 
 
-def settings_table() -> tuple[Setting, ...]:
-    """Every setting, in the order of the class."""
-    standard = GPUResourceConfig()
+def variable_of(name: str) -> str:
+    """The environment variable of a setting."""
+    return ENV_PREFIX + name.upper().replace(".", "_")
+
+
+def describe(settings: attrs.AttrsInstance, section: str = "") -> tuple[Setting, ...]:
+    """Every setting of a settings object that holds the defaults, in the order of its class."""
     return tuple(
         Setting(
-            name=a.name,
-            default=_as_text(getattr(standard, a.name)),
+            name=f"{section}.{a.name}" if section else a.name,
+            default=as_text(getattr(settings, a.name)),
             bound=a.metadata["rule"].bound,
             about=a.metadata["about"],
+            live=a.metadata["live"],
         )
-        for a in attrs.fields(GPUResourceConfig)
+        for a in attrs.fields(type(settings))
     )
 
 
-def _as_text(value: object) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+def settings_table() -> tuple[Setting, ...]:
+    """Every setting of the manager, in the order of the class."""
+    return describe(GPUResourceConfig())
+
+
+_FIXED = {
+    "allow_pickle_weights": "CLIP has been loaded by it",
+    "allow_remote": "the server was chosen by it",
+    "clip_device": "CLIP's device was chosen by it",
+    "clip_model": "CLIP has been loaded by it",
+    "gpu_uuid": "the card was chosen by it",
+    "ollama_card": "what needs room on the card was settled by it",
+    "ollama_url": "what is loaded there is ours to give back",
+    "vlm_model": "the VLM that may be loaded is ours to give back",
+    "vlm_options": "other options would reload the VLM under those who use it",
+}
+"""Why these cannot change under way; of the rest, each is read once, when its owner is made."""
+
+
+def changes(old: attrs.AttrsInstance, new: attrs.AttrsInstance) -> dict[str, Any]:
+    """The settings in which two objects of one settings class differ, with the new values.
+
+    Raises `ConfigError` for the first that a running program cannot take, with the reason.
+    """
+    assert type(old) is type(new)
+    differing = [a for a in attrs.fields(type(old)) if getattr(old, a.name) != getattr(new, a.name)]
+    for a in differing:
+        if not a.metadata["live"]:
+            raise ConfigError(
+                name=a.name,
+                value=show(getattr(new, a.name), a.metadata["rule"]),
+                source="reload",
+                detail=f"it cannot change under way: {_FIXED.get(a.name, 'it is read once, at the start')}",
+                remedy="Start again.",
+            )
+    return {a.name: getattr(new, a.name) for a in differing}
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -619,41 +433,52 @@ def load_config(
     *,
     override_source: Callable[[str], str] = lambda _name: "argument",
 ) -> GPUResourceConfig:
-    """Make a configuration: defaults < TOML file < environment < `overrides`.
+    """Make a manager's configuration: defaults < TOML file < environment < `overrides`.
 
     `path` is a TOML file with a section `[gpu-fsm]`, or a `pyproject.toml` with `[tool.gpu-fsm]`; without it
     `GPU_FSM_CONFIG` may name one.  `override_source` gives, for a setting's name, the words by which an error names
     where the override came from.  Raises `ConfigError`, which names the value's source, for everything it cannot use:
-    unknown keys and variables too.
+    unknown keys and variables too.  What belongs to the other sections of `AppConfig` is passed over.
     """
-    # Imported here: it takes longer than all of this package, and those who construct the class do not need it.
-    import typed_settings
-
+    fields = attrs.fields_dict(GPUResourceConfig)
     if path is None and environ.get(CONFIG_VARIABLE):
         path = Path(environ[CONFIG_VARIABLE])
-    known = tuple(a.name for a in attrs.fields(GPUResourceConfig))
-    layers: list[tuple[dict[str, Any], dict[str, str]]] = []
+    layers: list[Layer] = []
     if path is not None:
-        layers.append(_from_file(path, known))
-    layers.append(_from_environment(environ, known))
-    given = dict(overrides or {})
-    for name in given:
-        if name not in known:
-            raise _unknown(name, known, override_source(name))
-    layers.append((given, {name: override_source(name) for name in given}))
+        table = read_table(path, fields)
+        for section in OTHER_SECTIONS:
+            table.pop(section, None)
+        layers.append(from_table(table, fields, one_line(path)))
+    layers.append(from_environment(environ, fields, others=OTHER_SECTIONS))
+    layers.append(from_overrides(overrides or {}, fields, override_source))
+    sources = {name: source for layer in layers for name, source in layer.sources.items()}
+    try:
+        return GPUResourceConfig(**merge(GPUResourceConfig, [layer.values for layer in layers]))
+    except ConfigError as wrong:
+        raise attrs.evolve(wrong, source=sources.get(wrong.name, "default")) from None
+
+
+@frozen
+class Layer:
+    """Values from one place, by setting, each with the words that say where it stands."""
+
+    values: dict[str, Any]
+    sources: dict[str, str]
+
+
+def merge(cls: type[Any], layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Lay layers over the defaults of a settings class; sections are tables in a table."""
+    # Imported here: it takes longer than all of this package, and those who construct the class do not need it.
+    import typed_settings
 
     # typed-settings lists the options and merges the layers.  It converts nothing (its own conversion takes 3.7 for an
     # int, "yes" for a bool and drops the error of ours into text), so the class alone decides what is right.
     merged: dict[str, Any] = typed_settings.load_settings(
-        GPUResourceConfig,  # type: ignore[arg-type]  # what comes back is what `_AsIs` returns: the merged values
-        loaders=[typed_settings.loaders.DictLoader(values) for values, _ in layers],
+        cls,
+        loaders=[typed_settings.loaders.DictLoader(dict(values)) for values in layers],
         converter=_AsIs(),
     )
-    sources = {name: source for _, named in layers for name, source in named.items()}
-    try:
-        return GPUResourceConfig(**merged)
-    except ConfigError as wrong:
-        raise attrs.evolve(wrong, source=sources.get(wrong.name, "default")) from None
+    return merged
 
 
 class _AsIs:
@@ -666,13 +491,18 @@ class _AsIs:
         raise KeyError(cl)
 
 
-def parse_setting(name: str, text: str, source: str) -> Any:
-    """Read one setting from text, as the environment and the command line give it.  Raises `ConfigError`."""
-    rule: _Rule = attrs.fields_dict(GPUResourceConfig)[name].metadata["rule"]
+def parse_setting(name: str, text: str, source: str, fields: Fields | None = None) -> Any:
+    """Read one setting, of the manager or of `fields`, from text as the environment and the command line give it.
+
+    Raises `ConfigError`.
+    """
+    rule: Rule = (fields or attrs.fields_dict(GPUResourceConfig))[name].metadata["rule"]
     try:
         return rule.parse(text)
-    except _Wrong as wrong:
-        raise ConfigError(name=name, value=_show(text), bound=wrong.bound, source=source, remedy=wrong.remedy) from None
+    except Wrong as wrong:
+        raise ConfigError(
+            name=name, value=show(text, rule), bound=wrong.bound, source=source, remedy=wrong.remedy
+        ) from None
 
 
 def _unknown(name: str, known: Iterable[str], source: str) -> ConfigError:
@@ -680,29 +510,53 @@ def _unknown(name: str, known: Iterable[str], source: str) -> ConfigError:
         name=one_line(name, 80),
         source=source,
         detail="there is no such setting",
-        remedy=_did_you_mean(name, known) or "The README lists the settings.",
+        remedy=did_you_mean(name, known) or "The README lists the settings.",
     )
 
 
-def _from_environment(environ: Mapping[str, str], known: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+def from_overrides(given: Mapping[str, Any], fields: Fields, source_of: Callable[[str], str]) -> Layer:
+    """Take values that arguments or options give."""
+    for name in given:
+        if name not in fields:
+            raise _unknown(name, fields, source_of(name))
+    return Layer(dict(given), {name: source_of(name) for name in given})
+
+
+def from_environment(environ: Mapping[str, str], fields: Fields, *, others: Iterable[str] = ()) -> Layer:
+    """Read `GPU_FSM_*` and `OLLAMA_HOST`; variables of the sections `others` are passed over."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    variables = {ENV_PREFIX + name.upper(): name for name in known}
+    variables = {variable_of(name): name for name in fields}
+    passed = tuple(variable_of(section + ".") for section in others)
     for variable in sorted(environ):
         if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE:
             continue
         if variable not in variables:
+            if variable.startswith(passed):
+                continue
             raise _unknown(variable, (*variables, CONFIG_VARIABLE), "environment")
         name, source = variables[variable], f"environment {variable}"
-        values[name] = parse_setting(name, environ[variable], source)
+        values[name] = parse_setting(name, environ[variable], source, fields)
         sources[name] = source
     if environ.get("OLLAMA_HOST", "").strip().strip("\"'") and "ollama_url" not in values:
         values["ollama_url"] = parse_ollama_host(environ["OLLAMA_HOST"])
         sources["ollama_url"] = "environment OLLAMA_HOST"
-    return values, sources
+    return Layer(values, sources)
 
 
-def _from_file(path: Path, known: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+def from_table(table: Mapping[str, Any], fields: Fields, source: str, prefix: str = "") -> Layer:
+    """Take the values of one table of a file; `prefix` is its section with a dot."""
+    for key in table:
+        if prefix + key not in fields:
+            raise _unknown(prefix + key, fields, source)
+    return Layer({prefix + key: value for key, value in table.items()}, {prefix + key: source for key in table})
+
+
+def read_table(path: Path, known: Iterable[str], *, optional: bool = False) -> dict[str, Any]:
+    """Read the table `[gpu-fsm]` of a TOML file, or `[tool.gpu-fsm]` of a `pyproject.toml`.
+
+    With `optional` a `pyproject.toml` without it gives an empty one.  Raises `ConfigError`.
+    """
     import tomllib
 
     source = one_line(path)
@@ -719,19 +573,18 @@ def _from_file(path: Path, known: tuple[str, ...]) -> tuple[dict[str, Any], dict
         raise broken(f"it cannot be read: {one_line(said)}", "It must be a TOML file in UTF-8.") from None
     if path.name == "pyproject.toml":
         shown, sections = f"[tool.{SECTION}]", document.get("tool", {})
+        if optional and isinstance(sections, dict) and SECTION not in sections:
+            return {}
     else:
         shown, sections = f"[{SECTION}]", document
         for key in document:
             if key != SECTION:
-                mend = f"It belongs under [{SECTION}]." if key in known else _did_you_mean(key, (SECTION,))
+                mend = f"It belongs under [{SECTION}]." if key in known else did_you_mean(key, (SECTION,))
                 raise broken(f"{one_line(key, 80)!r} stands outside the section {shown}", mend)
     table = sections.get(SECTION) if isinstance(sections, dict) else None
     if not isinstance(table, dict):
         raise broken(f"it has no section {shown}", f"Put the settings under a line {shown}.")
-    for key in table:
-        if key not in known:
-            raise _unknown(key, known, source)
-    return dict(table), dict.fromkeys(table, source)
+    return dict(table)
 
 
 __all__ = [

@@ -64,9 +64,13 @@ class Steps:
         """What every request of ours tells Ollama: our own patience and a margin, never for ever."""
         return self._config.idle_timeout_s + self._config.keep_alive_margin_s
 
-    def used_server(self) -> None:
-        """A request with our keep_alive has just been answered."""
-        self.server_until = self._clock.monotonic() + self.keep_alive_s
+    def reconfigure(self, config: GPUResourceConfig) -> None:
+        """Go by other settings from the next step on."""
+        self._config = config
+
+    def used_server(self, keep_alive_s: float | None = None) -> None:
+        """A request with our keep_alive, `keep_alive_s` where that may have changed since, has just been answered."""
+        self.server_until = self._clock.monotonic() + (self.keep_alive_s if keep_alive_s is None else keep_alive_s)
 
     @property
     def running_load(self) -> Interrupt | None:
