@@ -75,7 +75,7 @@ class Observer:
         clip_needed = self._clip.needed_mib
         if vram.scope == "assumed":
             vram = self._assumed(vram, residency)
-        if residency.refused and self._server.on_our_card:
+        if residency.refused:
             residency = self._silence(residency, vram, clip_needed)
         if catalog and residency.answer is Answer.NO and not residency.refused:
             self._catalog = self._server.catalog(timeout_s)
@@ -149,12 +149,12 @@ class Observer:
         self._tell(ForeignConsumer(at=seen.at, taken_mib=last[2] - free, free_mib=free, holders=told))
 
     def _silence(self, residency: Residency, vram: VRAMInfo, clip_needed: float) -> Residency:
-        """What a refused connection on this machine proves.
+        """What a refused connection proves.
 
         Nobody listens, but a runner orphaned by a killed server may hold memory.  So "not resident" needs a driver that
-        shows no such process and room; without any card there is nothing that could be held.
+        shows no such process and room; where there is no card, or Ollama has another one, ours holds nothing of it.
         """
-        if not vram.present and not vram.lost:
+        if not self._server.on_our_card or (not vram.present and not vram.lost):
             return attrs.evolve(residency, answer=Answer.NO)
         holders = self._probe.holders()
         if holders is None or vram.free_mib is None:

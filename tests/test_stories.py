@@ -728,3 +728,18 @@ def test_an_idle_unload_waits_for_another_client_s_request(mode: str) -> None:
     manager.ensure_vlm_loaded()
     assert world.vlm_resident()
     assert manager.close() == ()
+
+
+def test_a_stopped_ollama_on_another_card_does_not_keep_clip_off_ours() -> None:
+    """Nothing of it can lie on our card, so AUTOPILOT stands; RECORDING says what is missing."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, ollama_card="other")
+    world.ollama.stop()
+    assert manager.set_execution_mode("autopilot").granted
+    assert world.clip.place == "gpu"
+    outcome = manager.set_execution_mode("recording")
+    assert (outcome.granted, outcome.reason and outcome.reason.code) == (False, "ollama_unreachable")
+    world.ollama.start()
+    manager.drive_for(120.0)
+    assert manager.get_status().state is State.RECORDING
+    assert manager.close() == ()
