@@ -554,6 +554,11 @@ class CLIPManager:
         wanted = (len(batch), vectors.shape[-1] if self._canary is None else self._canary.shape[1])
         if vectors.shape != wanted:
             raise ClipError(detail=f"the model returned vectors of shape {vectors.shape} where {wanted} was due")
+        if not np.isfinite(vectors).all():
+            raise ClipError(
+                detail="the model's embeddings are not finite",
+                remedy="Keep CLIP on the CPU (clip_device='cpu') if it happens again; check the GPU and its driver.",
+            )
         return vectors
 
     # --- loading -----------------------------------------------------------------------------------------------------
@@ -689,10 +694,7 @@ class CLIPManager:
         if "image" in self._modalities:
             pixels = np.arange(64 * 64 * 3, dtype=np.uint32).reshape(64, 64, 3) * 97 % 251
             rows.append(self._run([Image.fromarray(pixels.astype(np.uint8))], on_cpu=on_cpu))
-        vectors = np.concatenate(rows)
-        if not np.isfinite(vectors).all():
-            raise ClipError(detail="the model's embeddings are not finite")
-        return _unit(vectors)
+        return _unit(np.concatenate(rows))
 
     def _compare_canary(self, device: torch.device | None) -> None:
         """Raise unless the reference inputs still give the reference vectors; the lock is held."""

@@ -282,6 +282,7 @@ class Engine:
             used_since=idle_due > now,
             vlm_ticket_queued=self._mailbox.wants_vlm() or any(waiting.wants_vlm for waiting in self.waiting),
             superseded=self._mailbox.newest_preempt > self._seq,
+            closing=self._mailbox.closed,
             came_from_plan=self._previous is not None,
             unknown_too_long=self._observer.unknown_for(now) >= config.unknown_max_s,
             pressed_too_long=self._observer.pressed_for(now) >= config.pressure_s,
@@ -430,6 +431,7 @@ class Engine:
     def act_refuse(self, s: Snapshot) -> None:
         """No, with the figures; nothing changes."""
         self._refuse(self._why(s))
+        self._doubt_size(s)
 
     def act_refuse_degraded(self, s: Snapshot) -> None:
         """No, for the reason that made us DEGRADED; look sooner whether it is gone."""
@@ -484,6 +486,7 @@ class Engine:
             self.asked_mode = s.asked
         self._aim = s.aim
         self._failure = self._why(s)
+        self._doubt_size(s)
 
     def act_adopt(self, s: Snapshot) -> None:
         """A preempting request takes over in the middle of a move."""
@@ -638,6 +641,7 @@ class Engine:
         """Not yet: try again later, and less often; and say what stands in the way now, if that has changed."""
         self._looked_recoverable = guards.recoverable(s)
         obstacle = guards.unknown(s) if not guards.known(s) else guards.why_not(s)
+        self._doubt_size(s)
         if obstacle is not None and self._reason is not None and obstacle.code != self._reason.code:
             self._reason = Reason.of(self._named(obstacle), step=self._failed_in.value)
             self._tell_degraded()
@@ -667,6 +671,10 @@ class Engine:
         if aim.plan.vlm is True and self._standing.plan.vlm is not True:
             self._leases.touch()  # being asked for is the first use; else a model found resident would be idle at once
         self._standing = attrs.evolve(aim, fallback=None, idle=False)
+
+    def _doubt_size(self, s: Snapshot) -> None:
+        if guards.known(s) and isinstance(guards.why_not(s), errors.InsufficientVRAM):
+            self._observer.doubt_size()
 
     def _why(self, s: Snapshot) -> GPUFSMError:
         why = guards.why_not(s) if guards.known(s) else None

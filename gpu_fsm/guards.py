@@ -112,6 +112,7 @@ class Snapshot:
     used_since: bool = False
     vlm_ticket_queued: bool = False
     superseded: bool = False
+    closing: bool = False
     came_from_plan: bool = False
     unknown_too_long: bool = False
     pressed_too_long: bool = False
@@ -339,6 +340,11 @@ def clip_may_move(s: Snapshot) -> bool:
     return s.seen.clip != "none" and (not _lacks_clip(s) or (known(s) and admissible(s)))
 
 
+def closing(s: Snapshot) -> bool:
+    """The manager is being closed."""
+    return s.closing
+
+
 def superseded(s: Snapshot) -> bool:
     """A newer preempting request waits."""
     return s.superseded
@@ -415,6 +421,7 @@ PREDICATES: dict[str, Predicate] = {
         clip_there,
         clip_may_move,
         superseded,
+        closing,
         has_previous,
         has_fallback,
         aims_at_idle,

@@ -5,6 +5,7 @@ Never raises and decides nothing; a question that was not answered stays unknown
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 
@@ -77,6 +78,9 @@ class Observer:
             vram = self._assumed(vram, residency)
         if residency.refused:
             residency = self._silence(residency, vram, clip_needed)
+        if self._disproved(residency, vram):
+            detail = "Ollama lists it, but the driver shows nothing of it: its runner has died"
+            residency = attrs.evolve(residency, answer=Answer.NO, ours=None, detail=detail)
         if catalog and residency.answer is Answer.NO and not residency.refused:
             self._catalog = self._server.catalog(timeout_s)
         usable = self._clip.gpu_usable and not vram.lost
@@ -161,6 +165,21 @@ class Observer:
             return residency
         room = vram.free_mib >= clip_needed + self._config.reserve_mib or self._clip.place == "gpu"
         return attrs.evolve(residency, answer=Answer.NO) if room and not ollama_pids(holders) else residency
+
+    def _disproved(self, residency: Residency, vram: VRAMInfo) -> bool:
+        """Whether a listed VLM is not on the card: less is in use than it takes, and no process of Ollama's is there.
+
+        `/api/ps` lists a dead runner until the next request finds out.
+        """
+        model = residency.ours
+        if model is None or not self._server.on_our_card or self._config.on_partial_offload == "accept":
+            return False
+        if vram.scope != "card" or vram.total_mib is None or vram.free_mib is None:
+            return False
+        if vram.total_mib - vram.free_mib >= PROOF * model.size_vram_mib:
+            return False
+        holders = self._probe.holders()
+        return holders is not None and not ollama_pids(holders)
 
     def _remember(self, seen: Observation) -> None:
         """Keep what spans looks: how long unknown, how long short, what was told."""
@@ -250,7 +269,19 @@ class Observer:
         self.seems_elsewhere = model.size_vram_mib > 0 and abs(took) < ELSEWHERE * model.size_vram_mib
         if model.size_vram_mib > 0 and PROOF * model.size_vram_mib <= took <= 1.5 * model.size_vram_mib:
             self.evidence = "measured"
-            self._measured_mib = took
+            # A neighbour may have taken some of it.  What fitted once is admitted again where as much is free.
+            fits = before.free_mib - self._config.reserve_mib
+            self._measured_mib = max(model.size_vram_mib, min(took, fits, self._held_by_ollama()))
+
+    def _held_by_ollama(self) -> float:
+        """MiB, as far as the driver tells; else without bound."""
+        holders = self._probe.holders() or ()
+        ours = [holder.mib for holder in holders if holder.pid in ollama_pids(holders)]
+        return sum((math.inf if mib is None else mib for mib in ours), 0.0) or math.inf
+
+    def doubt_size(self) -> None:
+        """Something was refused for want of room: a measured size that holds a neighbour's share must not stay."""
+        self._measured_mib = None
 
 
 def ollama_pids(holders: tuple[Holder, ...]) -> frozenset[int]:

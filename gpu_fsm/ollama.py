@@ -21,7 +21,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
@@ -597,6 +597,17 @@ class Health:
     detail: str = ""
 
 
+@frozen(kw_only=True)
+class PullProgress:
+    """One line of a pull: what the server is doing, and how far it is with one layer."""
+
+    status: str
+    digest: str = ""
+    """The layer's; empty where the line is about none."""
+    total_bytes: int | None = None
+    done_bytes: int = 0
+
+
 # --- the client ------------------------------------------------------------------------------------------------------
 
 
@@ -848,6 +859,49 @@ class OllamaManager:
             raise BadArgument(detail="there are no messages", remedy="An empty conversation would only load the model.")
         return self._infer("/api/chat", {"messages": sent}, format, keep_alive_s, timeout_s, stream=stream)
 
+    # -- fetching
+
+    def pull(self, *, timeout_s: float = 86_400.0) -> Generator[PullProgress, None, None]:
+        """Have the server fetch the model from its registry; yields what it says meanwhile and ends when it is there.
+
+        Closing the iterator ends the fetching; the next pull goes on from there.  Raises `ModelNotFound` where the
+        registry has no such model, `OllamaUnavailable` where the server cannot reach it, and what a call may raise.
+        """
+        deadline = self._deadline(timeout_s)
+        request = self._endpoint.request("POST", "/api/pull", {"model": self.model, "stream": True})
+        with self._call(request, deadline, limit=_ANSWER_LIMIT) as (response, transport):
+            self._require_ok(response, transport, deadline)
+            for line in self._lines(response, transport, deadline):
+                try:
+                    answer = self._object(line, response)
+                except OllamaError as error:
+                    raise self._pull_error(error) from error
+                status, digest = answer.get("status"), answer.get("digest", "")
+                if not isinstance(status, str) or not isinstance(digest, str):
+                    raise self._error(OllamaProtocolError, "the answer is no progress of a pull", status=200)
+                total = self._number(answer, "total", _MOST_BYTES)
+                done = self._number(answer, "completed", _MOST_BYTES)
+                yield PullProgress(
+                    status=self._shown(status, 80),
+                    digest=one_line(digest, 80),
+                    total_bytes=total or None,
+                    done_bytes=done,
+                )
+                if status == "success":
+                    return
+            self._raise_if_over(transport)
+            raise self._error(OllamaProtocolError, "the pull ended without success", status=200)
+
+    def _pull_error(self, error: OllamaError) -> OllamaError:
+        text = error.text
+        if "file does not exist" in text or "not found" in text:
+            remedy = "Check the name: Ollama's library lists what there is."
+            return self._error(ModelNotFound, f"the registry has no {self.model}", text=text, remedy=remedy)
+        if "pull model manifest" in text or "dial tcp" in text or "max retries exceeded" in text:
+            remedy = "Check the network of the machine that Ollama runs on, and pull again: it goes on from there."
+            return self._error(OllamaUnavailable, "Ollama cannot reach its registry", text=text, remedy=remedy)
+        return error
+
     def close(self) -> None:
         """Drop every connection, in flight or not; send nothing.  Later calls raise `ManagerClosed` or are UNKNOWN."""
         with self._lock:
@@ -993,6 +1047,13 @@ class OllamaManager:
             raise self._error(OllamaProtocolError, "the answer is not a completion", status=200)
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise self._error(OllamaProtocolError, "the answer holds half a character", status=200)
+        if done and reason in ("load", "unload"):
+            raise self._error(
+                OllamaProtocolError,
+                "Ollama found nothing to answer in the request",
+                status=200,
+                remedy="Give it a prompt, or a message of the user's.",
+            )
         total, load = self._optional(answer, "total_duration"), self._optional(answer, "load_duration")
         return Completion(
             text=text,
@@ -1367,4 +1428,4 @@ def _innermost(problem: BaseException) -> str:
     return str(last) or type(last).__name__
 
 
-__all__ = ["Health", "OllamaManager", "SocketTransport", "Transport", "canonical_name"]
+__all__ = ["Health", "OllamaManager", "PullProgress", "SocketTransport", "Transport", "canonical_name"]

@@ -24,8 +24,8 @@ from gpu_fsm.status import Answer, LoadedModel, Residency, VRAMInfo
 
 log = logging.getLogger("gpu_fsm")
 
-ABSENCE_S = 0.5
-"""An aborted load is gone when Ollama denied it for this long: it polls its runner every 0.25 s."""
+SURE_S = 0.5
+"""What became of an aborted load is known when Ollama said the same for this long: it polls its runner every 0.25 s."""
 
 End = Literal["step_done", "aborted"]
 
@@ -80,25 +80,27 @@ class Steps:
     # --- RELEASING ---------------------------------------------------------------------
 
     def prove_cut_off(self) -> bool:
-        """After a load that we cut off: nothing for `ABSENCE_S`, and the memory back.  True if there was one."""
+        """After a load that we cut off: one answer for `SURE_S`, and the memory back if it is no.  False if none was.
+
+        A dying load may still be listed, and one that came in after all stays so.
+        """
         before, self._cut_off_at = self._cut_off_at, None
         if before is None:
             return False
         deadline = self._clock.monotonic() + self._config.settle_timeout_s
-        absent_since: float | None = None
+        since: tuple[Answer, float] | None = None
         while True:
-            residency = self._server.residency(self._config.observe_timeout_s)
+            answer = self._server.residency(self._config.observe_timeout_s).answer
             now = self._clock.monotonic()
-            if residency.answer is Answer.YES or now >= deadline:
-                return True  # it came in after all, or nobody can tell: the next look and the plan decide
-            if residency.answer is not Answer.NO:
-                absent_since = None
-            elif absent_since is None:
-                absent_since = now
+            if now >= deadline:
+                return True  # nobody can tell: the next look and the plan decide
+            if since is None or since[0] is not answer:
+                since = (answer, now)
+            sure = answer is not Answer.UNKNOWN and now - since[1] >= SURE_S
             free = self._probe.read(self._config.observe_timeout_s).free_mib
             slack = (1 - PROOF) * self._observer.vlm_needed_mib()
             back = free is None or before.free_mib is None or free >= before.free_mib - slack
-            if back and absent_since is not None and now - absent_since >= ABSENCE_S:
+            if sure and (back or answer is Answer.YES):
                 return True
             self._clock.sleep(self._config.settle_poll_s)
 
@@ -275,15 +277,39 @@ class Steps:
         return self._residency().ours
 
     def _settle_before_retry(self, before: VRAMInfo) -> None:
-        """A failed load gives its memory back late, and a retry at once would land on the CPU."""
+        """A failed load gives its memory back late, and a retry at once would land on the CPU.
+
+        Raises `InsufficientVRAM` where another program has taken the room meanwhile.
+        """
         deadline = self._clock.monotonic() + self._config.settle_timeout_s
         slack = (1 - PROOF) * self._observer.vlm_needed_mib()
         while before.free_mib is not None:
             free = self._probe.read(self._config.observe_timeout_s).free_mib
             left = deadline - self._clock.monotonic()
-            if free is None or free >= before.free_mib - slack or left <= 0:
+            if free is None or free >= before.free_mib - slack:
+                return
+            if left <= 0:
+                self._require_room(free)
                 return
             self._clock.sleep(min(self._config.settle_poll_s, left))
+
+    def _require_room(self, free_mib: float) -> None:
+        needed = self._observer.vlm_needed_mib()
+        if needed == 0 or free_mib >= needed + self._config.reserve_mib:
+            return
+        if self._residency().answer is not Answer.NO:
+            return  # it may have come in although the answer was an error
+        holders = self._observer.look_at_holders().foreign_holders
+        held = f" Held by {', '.join(holders)}." if holders else ""
+        raise errors.InsufficientVRAM(
+            detail=f"the load failed, and for another try {free_mib:.0f} MiB are free of {needed:.0f} MiB and "
+            f"{self._config.reserve_mib:g} MiB in reserve",
+            remedy=f"Close a program that uses the GPU.{held}",
+            needed_mib=needed,
+            free_mib=free_mib,
+            reserve_mib=self._config.reserve_mib,
+            holders=holders,
+        )
 
     def _on_the_card(self, s: Snapshot, model: LoadedModel | None) -> bool:
         """Wholly on the GPU, as far as Ollama *and the driver* can show.
@@ -329,6 +355,7 @@ class Steps:
 
     def _take_out(self, loaded: VRAMInfo, model: LoadedModel | None) -> None:
         runners = self._runners()
+        self._leases.force({"vlm"})  # a lease may be older than the load that went wrong
         self._unload(self._config.unload_deadline_s, may_stop=False)
         if model is not None and model.size_vram_mib > 0 and loaded.present:
             self._settle(loaded, model.size_vram_mib, runners)

@@ -743,3 +743,140 @@ def test_a_stopped_ollama_on_another_card_does_not_keep_clip_off_ours() -> None:
     manager.drive_for(120.0)
     assert manager.get_status().state is State.RECORDING
     assert manager.close() == ()
+
+
+# --- what simulation runs found ---
+
+
+def test_a_manager_that_slept_through_the_idle_time_loads_for_nobody() -> None:
+    """The process was stopped for an hour; Ollama's own timer let the VLM go, and nobody has asked for it."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, idle_timeout_s=30.0)
+    manager.set_execution_mode("recording")
+    world.clock.advance(3600.0)
+    manager.drive_for(100.0)
+    assert world.ollama.counts["loads"] == 1
+    assert manager.get_status().hold is Hold.PARKED
+
+
+@pytest.mark.parametrize("tells_holders", [True, False])
+def test_what_a_neighbour_took_during_a_load_is_not_booked_to_the_vlm_for_good(tells_holders: bool) -> None:
+    """On the empty card RECORDING comes back, by itself if need be."""
+    world = SimulatedWorld(card_mib=6400.0, tells_holders=tells_holders)
+    manager = inline_manager(world)
+
+    def neighbour(op: str, phase: str) -> None:
+        if (op, phase) == ("ollama.load", "after") and "game" not in world.card.owners():
+            world.card.take("game", 1100.0)
+
+    world.on_io.append(neighbour)
+    assert manager.set_execution_mode("recording").granted
+    world.on_io.remove(neighbour)
+    world.card.give_back("game")
+    assert manager.set_execution_mode("autopilot").granted
+    granted = manager.set_execution_mode("recording").granted
+    assert granted or not tells_holders
+    manager.drive_for(60.0)
+    assert manager.get_status().state is State.RECORDING
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.32.15"])
+def test_a_load_that_dies_is_not_taken_for_one_that_came_in(version: str) -> None:
+    """Ollama still lists a load whose client has left; the next request for the VLM waits until that is sure."""
+    world = SimulatedWorld(version=version)
+    manager = inline_manager(world)
+    late: list[Any] = []
+
+    def preempt(op: str, phase: str) -> None:
+        if (op, phase) == ("ollama.load", "during") and not late:
+            late.append(elsewhere(lambda: manager.submit_execution_mode("idle", preempt=True)))
+
+    world.on_io.append(preempt)
+    future = manager.submit_execution_mode("recording")
+    manager.drive_for(5.0)
+    world.on_io.remove(preempt)
+    assert isinstance(future.exception(), errors.Superseded)
+    assert late[0].result().granted
+    assert manager.set_execution_mode("recording", preempt=True).granted
+    assert world.vlm_resident()
+
+
+def test_a_load_is_not_tried_again_on_a_card_that_is_full() -> None:
+    """A neighbour took the room while the first try failed: the refusal has the figures and the holders."""
+    world = SimulatedWorld(card_mib=6400.0)
+    manager = inline_manager(world)
+
+    def neighbour(op: str, phase: str) -> None:
+        if (op, phase) == ("ollama.load", "during") and "game" not in world.card.owners():
+            world.card.take("game", world.card.free_mib)
+
+    world.on_io.append(neighbour)
+    outcome = manager.set_execution_mode("recording")
+    assert outcome.reason is not None
+    assert outcome.reason.code == "vram_insufficient"
+    assert "game" in outcome.reason.remedy
+    assert [entry.op for entry in world.ollama.log].count("ollama.load") == 1
+
+
+def test_a_manager_that_waits_to_close_fetches_nothing_back() -> None:
+    """The VLM goes under a lease that the close waits for: it stays out."""
+    world = SimulatedWorld(vlm_load_s=20.0)
+    manager = inline_manager(world, drain_timeout_s=30.0)
+    manager.set_execution_mode("recording")
+    lease = manager.vlm(holder="somebody")
+    elsewhere(lease.__enter__)
+    world.clock.after(1.0, lambda: world.ollama.foreign_unload(world.vlm.name))
+    began = world.clock.monotonic()
+    assert manager.close() == ()
+    assert world.clock.monotonic() - began < 31.0
+    assert world.ollama.counts["loads"] == 1
+    assert "check-closing" in [record.row for record in manager.journal]
+
+
+def test_a_degraded_manager_that_waits_to_close_does_not_recover_first() -> None:
+    """Whatever the cause was, and though it has gone."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, unknown_max_s=20.0)
+    manager.set_execution_mode("autopilot")
+    lease = manager.clip(holder="somebody")
+    elsewhere(lease.__enter__)
+    world.faults.arm("ollama.ps", "hang", times=None)
+    manager.drive_for(60.0)
+    assert manager.get_status().state is State.DEGRADED
+    world.faults.heal()
+    moves = len(manager.journal)
+    (left,) = manager.close()
+    assert left.startswith("CLIP on sim:0, leased by")
+    assert "recover" not in [record.row for record in manager.journal][moves:]
+
+
+def test_a_partial_load_is_not_taken_out_under_a_lease_that_believes_in_it() -> None:
+    """The lease is older than the load: Ollama was restarted under it.  Its holder is told."""
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    manager.set_execution_mode("recording")
+    lease = manager.vlm(holder="somebody")
+    elsewhere(lease.__enter__)
+    world.ollama.stop()
+    world.ollama.start()
+    world.clock.advance(5)
+    world.faults.arm("ollama.load", "partial", times=1)
+    assert elsewhere(lambda: manager.set_execution_mode("recording")).granted
+    assert [lease.lost for lease in manager.get_status().leases] == [True]
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.32.15"])
+def test_a_listed_vlm_of_which_nothing_is_on_the_card_is_not_believed(version: str) -> None:
+    """Its runner has died: Ollama lists it until somebody asks, and the driver knows better."""
+    world = SimulatedWorld(version=version)
+    manager = inline_manager(world)
+    manager.ensure_vlm_loaded()
+    world.ollama.kill_runner()
+    world.clock.advance(5)
+    assert manager.set_execution_mode("recording").granted
+    assert world.vlm_resident()
+
+    world.ollama.kill_runner()
+    manager.drive_for(30.0)
+    assert world.vlm_resident()
+    assert manager.get_status().state is State.RECORDING
