@@ -104,9 +104,11 @@ class AsyncVerbs:
         return await asyncio.to_thread(self._close)
 
     async def _wait(self, future: Future[T], timeout_s: float | None) -> T:
+        answer = asyncio.wrap_future(future)
+        answer.add_done_callback(_seen)
         try:
             async with asyncio.timeout(timeout_s):
-                return await asyncio.shield(asyncio.wrap_future(future))
+                return await asyncio.shield(answer)
         except TimeoutError as error:
             if isinstance(error, errors.GPUFSMError):
                 raise
@@ -186,6 +188,12 @@ class AsyncVLM:
                 yield part
 
 
+def _seen(answer: asyncio.Future[Any]) -> None:
+    """Take note of an error that comes after its waiter has gone; asyncio would report it as overlooked."""
+    if not answer.cancelled():
+        answer.exception()
+
+
 async def _parts(parts: Generator[Completion, None, None]) -> AsyncGenerator[Completion, None]:
     """The parts of a stream, each waited for in a thread."""
     running: asyncio.Future[Completion | None] | None = None
@@ -202,6 +210,7 @@ async def _parts(parts: Generator[Completion, None, None]) -> AsyncGenerator[Com
             parts.close()
         else:
             # A thread still waits for the next part: the stream is closed as soon as it has it, and nobody waits.
+            running.add_done_callback(_seen)
             running.add_done_callback(lambda _: parts.close())
 
 

@@ -294,6 +294,30 @@ def test_a_lease_is_given_back_wherever_its_task_is_cancelled(steps: int) -> Non
     run(body)
 
 
+def test_an_answer_that_nobody_waits_for_any_more_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """The waiter was cancelled, the request is refused later: asyncio logs nothing of an exception never retrieved."""
+
+    async def body(manager: GPUResourceManager, world: SimulatedWorld) -> None:
+        gate = Gate(world, "ollama.load")
+        first = asyncio.create_task(manager.aio.set_execution_mode("recording"))
+        await asyncio.to_thread(gate.wait)
+        waiter = asyncio.create_task(manager.aio.set_execution_mode("autopilot"))
+        await until(lambda: manager.get_status().queued == 1)
+        waiter.cancel()
+        await asyncio.gather(waiter, return_exceptions=True)
+        newest = manager.submit_execution_mode("idle", preempt=True)
+        gate.open()
+        await asyncio.gather(first, asyncio.wrap_future(newest), return_exceptions=True)
+        await until(lambda: manager.get_status().queued == 0)
+        del waiter, first
+        gc.collect()
+
+    with caplog.at_level(logging.ERROR, logger="asyncio"):
+        run(body)
+        gc.collect()
+    assert not caplog.records
+
+
 def test_a_lease_granted_to_a_task_that_was_cancelled_while_waiting_is_given_back() -> None:
     """The VLM comes in for nobody: the ticket ends without a lease."""
 
