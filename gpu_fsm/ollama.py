@@ -56,7 +56,7 @@ from gpu_fsm.errors import (
     one_line,
 )
 from gpu_fsm.ports import Clock, Completion, Interrupt, LoadReport
-from gpu_fsm.settings import GPUResourceConfig, SecretURL, is_loopback
+from gpu_fsm.settings import GPUResourceConfig, SecretURL, is_loopback, never_ollama
 from gpu_fsm.status import Answer, Catalog, LoadedModel, Residency
 
 _log = logging.getLogger("gpu_fsm")
@@ -389,7 +389,7 @@ def _permitted(address: str, *, local: bool) -> bool:
     """Whether a resolved address may be dialled: a local name stays local, and metadata services are never Ollama."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
-    return ip.is_loopback if local else not (ip.is_link_local or ip.is_multicast or ip.is_unspecified)
+    return ip.is_loopback if local else not (ip.is_unspecified or never_ollama(str(ip)))
 
 
 class _TooLong(OSError):

@@ -8,6 +8,7 @@ and gives way to `GPU_FSM_OLLAMA_URL`.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import logging
 import os
@@ -137,12 +138,16 @@ def _check_url(text: str) -> SecretURL:
         raise Wrong("an address without an @ in its path")
     if port == 0 or not re.fullmatch(r"[a-z0-9._:-]+", host):
         raise Wrong("an address with a host and a port from 1 to 65535")
-    found = _addresses(host)
-    if host.rstrip(".") in _METADATA_HOSTS or any(
-        address.is_link_local or address in _METADATA_ADDRESSES or address.is_multicast for address in found
-    ):
+    if host.rstrip(".") in _METADATA_HOSTS or never_ollama(host):
         raise Wrong("an Ollama server (link-local, metadata and multicast addresses are never one)")
     return SecretURL(_joined(parts, host, port))
+
+
+def never_ollama(host: str) -> bool:
+    """Whether `host` is a literal address at which no Ollama can be: link-local, a metadata service's, multicast."""
+    return any(
+        address.is_link_local or address in _METADATA_ADDRESSES or address.is_multicast for address in _addresses(host)
+    )
 
 
 def _joined(parts: SplitResult, host: str, port: int | None) -> str:
@@ -356,6 +361,11 @@ class Setting:
     """Whether a running manager may be given another value."""
 
     @property
+    def section(self) -> str:
+        """The table it stands in; none for the manager's own."""
+        return self.name.rpartition(".")[0]
+
+    @property
     def variable(self) -> str:
         """Its environment variable."""
         return variable_of(self.name)
@@ -474,11 +484,24 @@ def merge(cls: type[Any], layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]
     # typed-settings lists the options and merges the layers.  It converts nothing (its own conversion takes 3.7 for an
     # int, "yes" for a bool and drops the error of ours into text), so the class alone decides what is right.
     merged: dict[str, Any] = typed_settings.load_settings(
-        cls,
+        _bare(cls),  # type: ignore[arg-type]  # a class can be hashed
         loaders=[typed_settings.loaders.DictLoader(dict(values)) for values in layers],
         converter=_AsIs(),
     )
     return merged
+
+
+@functools.cache
+def _bare(cls: Any) -> type[Any]:
+    """A class with the same fields and no source: typed-settings parses the source at every load, 50 ms a class."""
+    fields = {}
+    for a in attrs.fields(cls):
+        inner = getattr(a.default, "factory", None)
+        section = _bare(inner) if isinstance(inner, type) and attrs.has(inner) else None
+        fields[a.name] = attrs.field(default=a.default, type=section or Any)
+    bare: type[Any] = attrs.make_class(cls.__name__, fields)
+    bare.__module__ = "nowhere"  # or the file of its maker is searched for its source
+    return bare
 
 
 class _AsIs:

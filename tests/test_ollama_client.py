@@ -1131,6 +1131,8 @@ def test_a_local_name_that_leads_elsewhere_is_not_dialled(monkeypatch: pytest.Mo
         ("10.0.0.1", "http://localhost:1"),
         ("169.254.169.254", "http://ollama.example:1"),
         ("::ffff:169.254.169.254", "http://ollama.example:1"),
+        ("100.100.100.200", "http://ollama.example:1"),
+        ("fd00:ec2::254", "http://ollama.example:1"),
         ("0.0.0.0", "http://ollama.example:1"),
     ]:
         info = [(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 1))]
