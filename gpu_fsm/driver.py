@@ -25,7 +25,6 @@ from gpu_fsm.events import Event
 from gpu_fsm.leases import LeaseBook, held_here
 from gpu_fsm.ports import CLIPHost, Clock, VLMServer, VRAMProbe
 from gpu_fsm.settings import GPUResourceConfig, changes
-from gpu_fsm.states import STEPS
 from gpu_fsm.status import ClipPlace, ExecutionMode, GPUResourceStatus
 from gpu_fsm.tickets import Group, Kind, Mailbox, Outcome, Ticket
 
@@ -254,7 +253,7 @@ class Driver:
         with self._drive_lock:
             self._driving = threading.get_ident()
             try:
-                if self.engine.state in STEPS:
+                if self.engine.torn:
                     self.engine.repair()  # the last drive was cut off by a KeyboardInterrupt
                 yield
             finally:

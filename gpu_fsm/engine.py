@@ -170,16 +170,19 @@ class Engine:
             self._failure = errors.InternalError(detail=one_line(repr(error)), remedy="Please report it.")
             self.repair()
 
+    @property
+    def torn(self) -> bool:
+        """Whether the last drive was cut off in the middle of an event."""
+        return self.state in STEPS or bool(self._serving)
+
     def repair(self) -> None:
-        """Bring a machine that was torn out of a step back to a stable state.
+        """Bring a machine that was torn out of an event back to a stable state, and refuse whom it served.
 
         Needed after a `KeyboardInterrupt` in an inline drive, and after a defect of ours: `transitions` has lost its
         queue then, and the step's outcome with it.
         """
+        self._failure = self._failure or errors.InternalError(detail="the drive was cut off in the middle")
         if self.state in STEPS:
-            self._failure = self._failure or errors.InternalError(
-                detail="the drive was cut off in the middle of a step"
-            )
             if self.state is State.SHEDDING:
                 self.work(State.SHEDDING)
             else:
@@ -386,6 +389,7 @@ class Engine:
         if s.trigger == "request":
             self.asked_mode = s.aim.mode
         self._stand(s.aim)
+        self.publish()  # whoever is answered may look at once
         self._resolve_granted()
 
     def act_acknowledge_in_place(self, s: Snapshot) -> None:

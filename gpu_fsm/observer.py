@@ -84,7 +84,7 @@ class Observer:
         if catalog and residency.answer is Answer.NO and not residency.refused:
             self._catalog = self._server.catalog(timeout_s)
         usable = self._clip.gpu_usable and not vram.lost
-        self._gpu_expected = self._gpu_expected or usable
+        self._gpu_expected = self._gpu_expected or self._clip.gpu_usable  # also where the driver calls it lost
         self.seen = Observation(
             residency=residency,
             catalog=self._catalog,

@@ -880,3 +880,48 @@ def test_a_listed_vlm_of_which_nothing_is_on_the_card_is_not_believed(version: s
     manager.drive_for(30.0)
     assert world.vlm_resident()
     assert manager.get_status().state is State.RECORDING
+
+
+def test_a_request_that_is_torn_out_of_its_look_is_answered() -> None:
+    """Ctrl-C before anything has moved: whoever else waits for an equal request is refused, not forgotten."""
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    manager.set_execution_mode("autopilot")
+
+    def strike(op: str, phase: str) -> None:
+        world.on_io.remove(strike)
+        raise KeyboardInterrupt
+
+    world.on_io.append(strike)
+    first, second = manager.submit_execution_mode("recording"), manager.submit_execution_mode("recording")
+    with pytest.raises(KeyboardInterrupt):
+        manager.drive_for(10.0)
+    manager.drive_for(10.0)
+    assert isinstance(first.exception(0), errors.InternalError)
+    assert isinstance(second.exception(0), errors.InternalError)
+    assert manager.set_execution_mode("recording").granted
+
+
+def test_an_answer_comes_after_the_status_that_tells_of_it() -> None:
+    """Also where nothing had to move."""
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    manager.set_execution_mode("recording")
+    manager.set_execution_mode("idle")
+    seen: list[Hold | None] = []
+    future = manager._driver.post("vlm_wanted").future
+    future.add_done_callback(lambda _: seen.append(manager.get_status().hold))
+    manager.drive_for(1.0)
+    assert seen == [Hold.WANTED]
+
+
+def test_a_card_that_is_lost_at_the_first_look_is_expected_back() -> None:
+    """It was there: AUTOPILOT waits for it in DEGRADED and is not content with the CPU."""
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    world.faults.arm("probe.read", "gpu_lost", times=None)
+    assert not manager.set_execution_mode("autopilot").granted
+    world.faults.heal()
+    manager.drive_for(120.0)
+    assert manager.get_status().state is State.AUTOPILOT
+    assert world.clip.place == "gpu"
