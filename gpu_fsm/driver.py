@@ -62,6 +62,8 @@ class Driver:
         self.pid = os.getpid()
         self.mailbox = Mailbox()
         self._wake = threading.Condition()
+        self._pokes = 0
+        """Counts the wake-ups, so that none is lost between looking for work and waiting for it."""
         self.leases = LeaseBook(clock.monotonic, self.notify)
         self._status = GPUResourceStatus()
         self._listeners: tuple[tuple[Listener, frozenset[str]], ...] = ()
@@ -170,6 +172,7 @@ class Driver:
     def notify(self) -> None:
         """Wake the driver."""
         with self._wake:
+            self._pokes += 1
             self._wake.notify_all()
 
     def check_usable(self) -> None:
@@ -255,6 +258,7 @@ class Driver:
             try:
                 if self.engine.torn:
                     self.engine.repair()  # the last drive was cut off by a KeyboardInterrupt
+                    self._after()
                 yield
             finally:
                 self._driving = None
@@ -326,10 +330,15 @@ class Driver:
 
     def _drive_forever(self) -> None:
         while not self.closed:
-            with self._wake:
-                while not self._has_work():
-                    due = self._due()
-                    self.clock.wait(self._wake, None if due is None else max(0.0, due - self.clock.monotonic()))
+            # Looking for work takes other locks, and `notify` may come out of the garbage collector, under any of them:
+            # so nothing else is taken while `_wake` is held.
+            pokes = self._pokes
+            if not self._has_work():
+                due = self._due()
+                with self._wake:
+                    if self._pokes == pokes:
+                        self.clock.wait(self._wake, None if due is None else max(0.0, due - self.clock.monotonic()))
+                continue
             try:
                 with self._drive():
                     self._next()

@@ -7,10 +7,11 @@ depend on the new one.  *Moving*: the effect is under way and nobody passes; it 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Literal
@@ -65,7 +66,10 @@ class LeaseBook:
     def __init__(self, now: Callable[[], float], changed: Callable[[], None]) -> None:
         self._now = now
         self._changed = changed
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._owner = 0
+        self._late: deque[int] = deque()
+        """Given back by the garbage collector, which ran in the thread that holds the lock."""
         self._leases: dict[int, LeaseInfo] = {}
         self._draining: frozenset[str] = frozenset()
         self._moving: frozenset[str] = frozenset()
@@ -81,7 +85,7 @@ class LeaseBook:
 
     def try_vlm(self, holder: str) -> int | None:
         """The fast path: a VLM that is resident and was verified lately needs no ticket."""
-        with self._lock:
+        with self._locked():
             if self._now() > self._vlm_ready_until or not self._open("vlm", held_here()):
                 return None
             return self._grant("vlm", holder)
@@ -89,7 +93,7 @@ class LeaseBook:
     def ask_clip(self, holder: str) -> Future[int]:
         """A CLIP lease: at once where the gate is open, else when it opens, in order of asking."""
         waiter = _Waiter(model="clip", holder=holder, held=held_here())
-        with self._lock:
+        with self._locked():
             if self._open("clip", waiter.held):
                 waiter.future.set_result(self._grant("clip", holder))
             else:
@@ -98,20 +102,40 @@ class LeaseBook:
 
     def grant_vlm(self, holder: str) -> int:
         """The driver's own door, for a ticket whose VLM it has just observed."""
-        with self._lock:
+        with self._locked():
             return self._grant("vlm", holder)
 
     def release(self, lease: int) -> None:
         """Give a lease back; idempotent."""
+        if self._owner == threading.get_ident():
+            self._late.append(lease)  # an abandoned stream, finished in the middle of what this thread does here
+            return
+        with self._locked():
+            ended = self._end(lease)
+        if ended:
+            self._changed()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
         with self._lock:
-            info = self._leases.pop(lease, None)
-            if info is None:
-                return
-            if info.model == "vlm":
-                self.last_vlm_use = self._now()
-            self.version += 1
-            self._publish()
-        self._changed()
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = 0
+        while self._late:
+            with contextlib.suppress(IndexError):
+                self.release(self._late.popleft())
+
+    def _end(self, lease: int) -> bool:
+        info = self._leases.pop(lease, None)
+        if info is None:
+            return False
+        if info.model == "vlm":
+            self.last_vlm_use = self._now()
+        self.version += 1
+        self._publish()
+        return True
 
     def touch(self) -> None:
         """The VLM was used now."""
@@ -126,14 +150,14 @@ class LeaseBook:
 
     def drain(self, models: Iterable[str]) -> Holders:
         """Close the gate of `models` to newcomers and count, in one step."""
-        with self._lock:
+        with self._locked():
             self._draining = frozenset(models)
             return self._holders()
 
     def claim(self, models: Iterable[str]) -> bool:
         """Begin to move `models`: True if nobody holds one, and from then on nobody passes until `open`."""
         wanted = frozenset(models)
-        with self._lock:
+        with self._locked():
             holders = self._holders()
             if ("vlm" in wanted and holders.vlm) or ("clip" in wanted and holders.clip):
                 return False
@@ -143,7 +167,7 @@ class LeaseBook:
     def force(self, models: Iterable[str]) -> Holders:
         """Begin to move `models` whoever holds them (shedding the VLM); their leases are marked lost."""
         wanted = frozenset(models)
-        with self._lock:
+        with self._locked():
             self._moving = wanted
             for lease, info in self._leases.items():
                 if info.model in wanted:
@@ -153,7 +177,7 @@ class LeaseBook:
 
     def open(self, draining: Iterable[str] = ()) -> None:
         """The effect is over: keep only `draining` closed and let waiters in, in order."""
-        with self._lock:
+        with self._locked():
             self._moving = frozenset()
             self._draining = frozenset(draining)
             ready: list[tuple[_Waiter, int]] = []
@@ -173,7 +197,7 @@ class LeaseBook:
 
     def close(self, error: Exception) -> None:
         """The manager closed: no fast path any more, and `error` for those who wait."""
-        with self._lock:
+        with self._locked():
             self._vlm_ready_until = float("-inf")
             waiters, self._waiters = self._waiters, deque()
         for waiter in waiters:
@@ -182,7 +206,7 @@ class LeaseBook:
 
     def holders(self) -> Holders:
         """Who holds what now."""
-        with self._lock:
+        with self._locked():
             return self._holders()
 
     @property

@@ -314,6 +314,13 @@ class VRAMMonitor:
             log.exception("asking who holds the card's memory failed in an unforeseen way")
             return None
 
+    def versions(self) -> tuple[str, str]:
+        """The driver's version and the newest CUDA that it runs, as text; empty where it does not tell."""
+        try:
+            return self._worker.ask(self._versions, self._patience_s)
+        except (_NoAnswer, _Fault):
+            return "", ""
+
     def close(self) -> None:
         """Give NVML back, once.  A hanging driver is waited for briefly and then left alone."""
         self._worker.close(self._shut, CLOSE_S)
@@ -510,6 +517,21 @@ class VRAMMonitor:
             raise refusal
         found = [Holder(pid=pid, name=self._process_name(pid), mib=mib) for pid, mib in shares.items()]
         return tuple(sorted(found, key=lambda holder: (-(holder.mib or 0.0), holder.pid)))
+
+    def _versions(self) -> tuple[str, str]:
+        driver = cuda = ""
+        with _edge() as nvml:
+            nvml.nvmlInit()  # NVML counts: it may be open for our card, and then stays so
+        try:
+            with contextlib.suppress(_Fault), _edge() as nvml:
+                driver = _text(nvml.nvmlSystemGetDriverVersion())
+            with contextlib.suppress(_Fault), _edge() as nvml:
+                number = int(nvml.nvmlSystemGetCudaDriverVersion_v2())
+                cuda = f"{number // 1000}.{number % 1000 // 10}"
+        finally:
+            with contextlib.suppress(_Fault), _edge() as nvml:
+                nvml.nvmlShutdown()
+        return driver, cuda
 
     def _process_name(self, pid: int) -> str:
         with contextlib.suppress(_Fault), _edge() as nvml:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -19,6 +20,7 @@ from gpu_fsm.errors import (
     OperationTimeout,
     Superseded,
 )
+from gpu_fsm.leases import LeaseBook
 from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.states import State
 from gpu_fsm.tickets import Outcome
@@ -405,3 +407,36 @@ def test_a_bad_time_out_is_refused(bad: Any) -> None:
         with pytest.raises(BadArgument, match="timeout_s"), lease(timeout_s=bad):
             pytest.fail("it was refused")
     assert models(manager) == []
+
+
+def test_a_lease_that_the_garbage_collector_gives_back_waits_for_nothing() -> None:
+    """An abandoned stream in a cycle ends at any allocation, also in the middle of granting another lease."""
+    armed: list[bool] = []
+
+    def now() -> float:
+        if armed:
+            gc.collect()  # as the interpreter may do by itself
+        return 0.0
+
+    book = LeaseBook(now, lambda: None)
+
+    def stream() -> Iterator[None]:
+        lease = book.grant_vlm("stream")
+        try:
+            yield
+        finally:
+            book.release(lease)
+
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        ring: list[Any] = [stream()]
+        next(ring[0])
+        ring.append(ring)
+        del ring
+        armed.append(True)
+        lease = in_thread(lambda: book.grant_vlm("another")).result(PATIENCE_S)
+        assert [info.id for info in book.snapshot] == [lease]
+    finally:
+        if enabled:
+            gc.enable()

@@ -111,6 +111,12 @@ const char *nvmlErrorString(int code) {
     }
 }
 
+int nvmlSystemGetDriverVersion(char *to, unsigned size) { return text(to, size, "570.86.16"); }
+int nvmlSystemGetCudaDriverVersion_v2(int *to) {
+    *to = 12080;
+    return OK;
+}
+
 static int mig_child(int parent, unsigned index) {
     for (int i = 0; i < state->devices; i++)
         if (state->device[i].parent == parent && index-- == 0) return i;
