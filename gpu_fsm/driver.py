@@ -321,7 +321,7 @@ class Driver:
         return min(self.engine.timers().values(), default=None)
 
     def _has_work(self) -> bool:
-        if self._new_config is not None or self._reports or self.engine.waiting_is_due():
+        if self.engine.torn or self._new_config is not None or self._reports or self.engine.waiting_is_due():
             return True
         if len(self.mailbox) and (not self.engine.waiting or self.mailbox.head_preempts() or self.mailbox.has_a_holder):
             return True

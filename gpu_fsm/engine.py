@@ -921,7 +921,12 @@ class Engine:
                     ticket.refuse(self._failure or errors.DegradedError(reason_code="degraded"))
 
     def _hands_off(self) -> bool:
-        """Another client's fight for the VLM is not fought on; a lease that was waited for in vain is not broken."""
+        """Another client's fight for the VLM is not fought on; a lease that was waited for in vain is not broken.
+
+        A person who asks for the unload gets it: leases have been waited for then.
+        """
+        if any(ticket.kind == "vlm_unwanted" for ticket in self._serving):
+            return False
         cause = self._failure.code if self._failure else self._reason.code if self._reason else ""
         return cause in (errors.ExternalClient.code, errors.LeaseTimeout.code)
 

@@ -412,7 +412,17 @@ def _introduce(clip: CLIPHost, probe: VRAMProbe) -> None:
 
 
 def _close_at_exit(manager: GPUResourceManager) -> None:
-    """Nothing of ours stays on the card because the interpreter ends."""
+    """Nothing of ours stays on the card because the interpreter ends.
+
+    A daemon thread that waits for us dies with its program; that the close answers it first is not for it to print.
+    """
+    told = threading.excepthook
+
+    def tell(args: threading.ExceptHookArgs) -> None:
+        if not (args.thread is not None and args.thread.daemon and issubclass(args.exc_type, errors.GPUFSMError)):
+            told(args)
+
+    threading.excepthook = tell
     with contextlib.suppress(Exception):
         manager.close()
 

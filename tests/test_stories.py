@@ -947,3 +947,29 @@ def test_a_close_that_was_cut_off_still_closes() -> None:
     records = len(manager.journal)
     manager.drive_for(100.0)
     assert len(manager.journal) == records
+
+
+def test_an_unload_that_is_asked_for_is_sent_whatever_made_us_degraded() -> None:
+    """A lease was waited for in vain, and its VLM left alone; later nobody holds anything, and somebody asks."""
+    world = SimulatedWorld(card_mib=12288.0)
+    manager = inline_manager(world, drain_timeout_s=5.0)
+    manager.set_execution_mode("autopilot")
+    manager.ensure_vlm_loaded()
+    leases, taken = manager._driver.leases, []
+
+    def hook(op: str, phase: str) -> None:
+        if op == "probe.read" and phase == "before" and manager.get_status().state is State.RELEASING and not taken:
+            manager.submit_execution_mode("recording", preempt=True)
+            leases.open()
+            taken.append(leases.ask_clip("somebody").result(0))
+
+    world.on_io.append(hook)
+    with pytest.raises(errors.Superseded):
+        manager.set_execution_mode("idle")
+    manager.drive_for(10.0)
+    status = manager.get_status()
+    assert (status.state, status.reason and status.reason.code) == (State.DEGRADED, "lease_timeout")
+    assert world.vlm_resident()
+    leases.release(taken[0])
+    manager.ensure_vlm_unloaded()
+    assert not world.vlm_resident()

@@ -416,3 +416,20 @@ def test_a_manager_has_two_threads_however_many_wait() -> None:
     assert threading.active_count() == before + 2
     manager.close()
     assert threads_of(manager) == []
+
+
+def test_a_driver_that_was_torn_out_of_a_step_goes_on_by_itself(caplog: pytest.LogCaptureFixture) -> None:
+    """A `SystemExit` in the driver's own thread: whoever waits is answered, without another request."""
+    world = SimulatedWorld()
+    manager = threaded(world)
+
+    def strike(op: str, phase: str) -> None:
+        if (op, phase) == ("ollama.load", "before"):
+            world.on_io.remove(strike)
+            raise SystemExit
+
+    world.on_io.append(strike)
+    future = manager.submit_execution_mode("recording")
+    assert not future.result(PATIENCE_S).granted
+    assert "defect" in caplog.text
+    manager.close()
