@@ -181,6 +181,9 @@ class Engine:
         Needed after a `KeyboardInterrupt` in an inline drive, and after a defect of ours: `transitions` has lost its
         queue then, and the step's outcome with it.
         """
+        if self.state in STABLE and self._serving and self._serving[0].kind == "close":
+            self.deliver(self._serving)  # nothing has moved yet, and a close is for good
+            return
         self._failure = self._failure or errors.InternalError(detail="the drive was cut off in the middle")
         if self.state in STEPS:
             if self.state is State.SHEDDING:

@@ -927,23 +927,24 @@ def test_a_card_that_is_lost_at_the_first_look_is_expected_back() -> None:
     assert world.clip.place == "gpu"
 
 
-def test_a_close_that_was_cut_off_still_closes() -> None:
-    """Ctrl-C in the middle of it: the next call ends it, and nothing fires any more."""
+@pytest.mark.parametrize("cut_at", ["ollama.ps", "ollama.unload"])
+def test_a_close_that_was_cut_off_still_closes(cut_at: str) -> None:
+    """Ctrl-C in its look or in the middle of it: the next call ends it, and nothing fires any more."""
     world = SimulatedWorld()
     manager = inline_manager(world)
     manager.set_execution_mode("recording")
 
     def strike(op: str, phase: str) -> None:
-        if op == "ollama.unload":
+        if op == cut_at:
             world.on_io.remove(strike)
             raise KeyboardInterrupt
 
     world.on_io.append(strike)
     with pytest.raises(KeyboardInterrupt):
         manager.close()
-    manager.drive_for(1.0)
-    manager.close()
+    assert manager.close() == ()
     assert manager.get_status().closed
+    assert not world.vlm_resident()
     records = len(manager.journal)
     manager.drive_for(100.0)
     assert len(manager.journal) == records
