@@ -76,7 +76,7 @@ class CardLock:
             return
         try:
             if self._lock is None:
-                self._lock = _lock_file(_folder(), self._uuid)
+                self._lock = _lock_file(runtime_folder(), self._uuid)
             self._held = _acquire(self._lock)
             if self._held:
                 self.held_by = ""
@@ -168,7 +168,12 @@ def _candidates() -> Iterator[Path]:
         yield Path(tempfile.gettempdir()) / "gpu_fsm-of-this-user"
 
 
-def _folder() -> Path:
+def runtime_folders() -> tuple[Path, ...]:
+    """The folders that `runtime_folder` may have made, in this process or in one with another environment."""
+    return tuple(dict.fromkeys(folder for folder in _candidates() if _is_private(folder)))
+
+
+def runtime_folder() -> Path:
     """A folder that only this user can enter, made where needed.  Raises `OSError` where there is none."""
     trouble = "no folder"
     for folder in _candidates():
@@ -176,12 +181,19 @@ def _folder() -> Path:
             if folder.name == "gpu_fsm" and not _ours(folder.parent):
                 continue  # a runtime folder of another user's (sudo keeps the variable)
             folder.mkdir(mode=0o700, exist_ok=True)
-            if _ours(folder) and not folder.lstat().st_mode & 0o077:
+            if _is_private(folder):
                 return folder
             trouble = f"{one_line(folder)} is a link, another user's, or open to others"
         except OSError as error:
             trouble = f"{one_line(folder)}: {error.strerror or one_line(error)}"
     raise PermissionError(trouble)
+
+
+def _is_private(folder: Path) -> bool:
+    try:
+        return _ours(folder) and not folder.lstat().st_mode & 0o077
+    except OSError:
+        return False
 
 
 def _ours(folder: Path) -> bool:

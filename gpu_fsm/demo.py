@@ -15,7 +15,6 @@ import io
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from attrs import define, evolve, field, frozen
 
@@ -34,6 +33,7 @@ from gpu_fsm.events import Degraded, Event, IdleUnload, Recovered, StateChanged
 from gpu_fsm.manager import GPUResourceManager
 from gpu_fsm.settings import GPUResourceConfig
 from gpu_fsm.status import ClipPlace, ExecutionMode, GPUResourceStatus, State
+from gpu_fsm.telling import told_event, told_step
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -670,38 +670,6 @@ def _colour(state: State) -> str:
     )
 
 
-def _told(step: Step) -> str:
-    score = f" ({step.match.score:.2f})" if step.match is not None else ""
-    match step.result:
-        case "recorded":
-            said = f"labelled by the VLM: {step.label}"
-        case "kept":
-            said = "recorded before"
-        case "recognised":
-            said = f"recognised{score}: {step.label}"
-        case "asked":
-            said = f"not recognised{score}; the VLM says: {step.label or step.detail}"
-        case "unavailable":
-            said = f"the VLM is {step.detail}"
-        case _:
-            said = f"{step.result}: {step.detail}"
-    return f"  {step.screen:22} {said}"
-
-
-def _told_event(event: Event) -> str | None:
-    match event:
-        case StateChanged():
-            return f"    {event.old.name} -> {event.new.name} ({event.trigger})"
-        case Degraded():
-            return f"    DEGRADED: {event.reason}"
-        case Recovered():
-            return f"    recovered to {event.mode.name} after {event.after_s:.1f} s"
-        case IdleUnload():
-            return f"    {event.model} unloaded after {event.idle_s:.1f} s without use"
-        case _:
-            return None
-
-
 # --- the story --------------------------------------------------------------------------------------------------------
 
 
@@ -724,7 +692,7 @@ class Stage:
         with self.stirred:
             self.events.append(event)
             self.stirred.notify_all()
-        told = _told_event(event)
+        told = told_event(event)
         if told is not None:
             self.teller.say(told)
 
@@ -734,7 +702,7 @@ class Stage:
         for screen in screens:
             step = self.loop.handle(screen, mode)
             self.steps.append((time.monotonic(), step))
-            self.teller.say(_told(step))
+            self.teller.say(told_step(step))
             done.append(step)
         return done
 
@@ -1008,74 +976,7 @@ def _print_story(story: Story, console: Console) -> None:
                 console.print(f"FAILED in {phase.name}: {what}", markup=False)
 
 
-# --- without simulation -----------------------------------------------------------------------------------------------
-
-
-def run_agent(
-    config: GPUResourceConfig, screens: Path, *, mode: ExecutionMode | None = None, as_json: bool = False
-) -> int:
-    """Run the agent over a folder on the real card and the real Ollama: record, then autopilot, or only `mode`.
-
-    Without Ollama or a GPU it goes on with what there is and says so.  Returns 0, or 1 if a screen could not even be
-    embedded.  Raises `BadArgument` for a folder that cannot be used, `ClipUnavailable` where CLIP cannot be loaded.
-    """
-    found = load_screens(screens)
-    if mode is ExecutionMode.DEGRADED:
-        raise BadArgument(detail="DEGRADED cannot be asked for", remedy="Use recording or autopilot.")
-    from gpu_fsm.clip import CLIPManager
-
-    clip = CLIPManager(config)
-    clip.prepare()
-    write = (sys.stderr if as_json else sys.stdout).write
-    done: list[Step] = []
-
-    def hear(event: Event) -> None:
-        told = _told_event(event)
-        if told is not None:
-            write(f"{told}\n")
-
-    with GPUResourceManager(config, clip_host=clip) as manager:
-        manager.subscribe(hear)
-        memory = FusionEngine(Limits.beside(config.clip_model or ""), probe=clip.encode([probe_image()])[0])
-        loop = ExecutionLoop(manager, UIDetector(manager), memory)
-        with _stopping(loop):
-            for wanted in [mode] if mode else [ExecutionMode.RECORDING, ExecutionMode.AUTOPILOT]:
-                loop.set_mode(wanted)
-                status = manager.get_status()
-                write(f"{wanted.value}: {status.state.name}, CLIP on {status.clip_device}\n")
-                if status.cpu_only:
-                    write(f"  CPU only: {status.cpu_only_reason}\n")
-                if status.reason is not None:
-                    write(f"  {status.reason}\n")
-                for step in loop.steps(found):
-                    done.append(step)
-                    write(f"{_told(step)}\n")
-        states = [row.dest.value for row in manager.journal if row.dest is not row.source]
-    counts: dict[str, int] = {name: sum(step.result == name for step in done) for name in _RESULTS}
-    if as_json:
-        report: dict[str, Any] = {"ok": not counts["failed"], "simulated": [], "states": ["idle", *states], **counts}
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
-    else:
-        write("  ".join(f"{name}: {count}" for name, count in counts.items() if count) + "\n")
-    return 1 if counts["failed"] else 0
-
-
-_RESULTS: Final[tuple[Literal["recorded", "kept", "recognised", "asked", "unavailable", "failed"], ...]] = (
-    "recorded", "kept", "recognised", "asked", "unavailable", "failed",
-)  # fmt: skip
-
-
-@contextlib.contextmanager
-def _stopping(loop: ExecutionLoop) -> Iterator[None]:
-    """Let SIGTERM end the loop after the screen in hand; outside the main thread nothing is changed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: loop.stop())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+# --- the simulated parts' own processes -------------------------------------------------------------------------------
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -1102,7 +1003,6 @@ __all__ = [
     "Story",
     "figures",
     "play",
-    "run_agent",
     "run_demo",
     "switches",
 ]

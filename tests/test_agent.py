@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,20 @@ from gpu_fsm.agent import (
     Limits,
     Screen,
     ScreenMemoryError,
+    Stopper,
     UIDetector,
     Verdict,
+    Weights,
+    frames,
+    live,
     load_screens,
     probe_image,
 )
 from gpu_fsm.ports import Completion
+from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.status import ExecutionMode, GPUResourceStatus, State
+from tests.waiting import Gate, in_thread, let_time_pass, until
+from tests.worlds import threaded
 
 np = pytest.importorskip("numpy", reason="numpy is not installed")
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
@@ -35,6 +45,7 @@ Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 LIMITS = Limits(accept=0.9, unsure=0.7, margin=0.05)
 
 
@@ -190,6 +201,36 @@ def test_a_lost_lease_is_taken_once_more() -> None:
     assert manager.leases == 2
 
 
+def test_labels_to_choose_from_are_demanded_and_checked() -> None:
+    """In the schema, in words, and in the answer; any case will do."""
+    manager = StandIn(says("a new one"), says("CHAT"), says("Unknown"))
+    detector = UIDetector(manager, labels=["chat", "sign-in form"])
+    assert detector.classify(screen("a.png")).label == "chat"
+    schema = manager.formats[0]
+    assert isinstance(schema, Mapping)
+    assert schema["properties"]["label"]["enum"] == ["chat", "sign-in form", "unknown"]
+    assert "sign-in form" in manager.prompts[0]
+    assert "none of those" in manager.prompts[1]
+    assert not detector.classify(screen("b.png", (0, 0, 9))).tells
+
+
+def test_a_broken_picture_costs_no_load() -> None:
+    """It is looked at before the VLM is asked for."""
+    manager = StandIn(says("x"))
+    with pytest.raises(errors.BadArgument):
+        UIDetector(manager).classify(Screen(name="bad", data=b"no image"))
+    assert manager.leases == 0
+
+
+def test_what_ollama_does_not_take_is_sent_as_png() -> None:
+    """BMP and the like, which a folder may hold."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), RED).save(buffer, "BMP")
+    manager = StandIn(says("x"))
+    UIDetector(manager).classify(Screen(name="a.bmp", data=buffer.getvalue()))
+    assert manager.images[0].startswith(b"\x89PNG")
+
+
 def test_labels_are_made_safe_for_a_line() -> None:
     """What a model says ends in logs and on terminals: no control characters, no novels."""
     answer = UIDetector(StandIn(says("a\nb \x1b[31m" + "x" * 500))).classify(screen("a.png"))
@@ -261,7 +302,9 @@ def test_what_is_saved_is_loaded(tmp_path_factory: pytest.TempPathFactory, entri
     again = FusionEngine.load(path, LIMITS, probe=vector(1, 2, 3))
     asked = vector(1, 2, 3, 4, 5)
     assert again.labels == memory.labels
-    assert again.match(asked) == memory.match(asked)
+    found, wanted = again.match(asked), memory.match(asked)
+    assert (found.verdict, found.label, found.second_label) == (wanted.verdict, wanted.label, wanted.second_label)
+    assert found.score == pytest.approx(wanted.score, abs=1e-6)
     assert [p.name for p in path.parent.iterdir()] == ["m.npz"]
 
 
@@ -281,6 +324,7 @@ def test_a_memory_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
         cut.write_bytes(whole[:length])
         with pytest.raises(ScreenMemoryError):
             FusionEngine.load(cut)
+        assert cut.read_bytes() == whole[:length], "what is refused is left as it is"
 
 
 def test_a_flipped_byte_is_refused_or_harmless(tmp_path: Path) -> None:
@@ -321,7 +365,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     write(**good)
     assert FusionEngine.load(path).labels == ("a",)
     for change, word in (
-        ({"about": text({**about, "version": 2})}, "version 2"),
+        ({"about": text({**about, "version": 3})}, "version 3"),
         ({"about": text({**about, "format": "x"})}, "not a screen memory"),
         ({"about": text({**about, "labels": ["a", "b"]})}, "damaged"),
         ({"about": text({**about, "labels": [1]})}, "damaged"),
@@ -372,6 +416,122 @@ def test_the_probe_image_never_changes() -> None:
     assert hashlib.sha256(probe_image().tobytes()).hexdigest()[:16] == "f613bc8700e51fcf"
 
 
+def test_a_memory_that_does_not_name_its_model_is_refused_where_one_is_asked_for(tmp_path: Path) -> None:
+    """Nobody could say whether its vectors may be compared."""
+    FusionEngine(LIMITS).save(tmp_path / "m.npz")
+    assert len(FusionEngine.load(tmp_path / "m.npz")) == 0
+    with pytest.raises(ScreenMemoryError, match="which CLIP model"):
+        FusionEngine.load(tmp_path / "m.npz", probe=vector(1, 2, 3))
+
+
+def test_what_killed_writers_left_is_swept_and_a_living_writer_is_let_be(tmp_path: Path) -> None:
+    """The part of a dead process goes with the next saving; that of a living one is its own."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    dead, living = tmp_path / f".m.npz.{gone.pid}.x.part", tmp_path / f".m.npz.{os.getppid()}.x.part"
+    for part in (dead, living):
+        part.write_bytes(b"half")
+    saved(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"m.npz", living.name}
+
+
+unit_vectors = st.integers(0, 2**31).map(lambda seed: np.random.default_rng(seed).normal(size=6).astype(np.float32))
+
+
+@given(
+    st.lists(st.tuples(unit_vectors, st.none() | unit_vectors), min_size=1, max_size=6),
+    unit_vectors,
+    st.none() | unit_vectors,
+    st.floats(0.1, 10.0),
+    st.floats(0.0, 10.0),
+)
+def test_the_fused_score_is_the_weighted_mean_where_both_have_a_text_else_the_pictures(
+    rows: list[Any], image: Any, text: Any, image_weight: float, text_weight: float
+) -> None:
+    """One inner product must give what the definition says, for every mixture of texts."""
+
+    def cosine(one: Any, other: Any) -> float:
+        return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+
+    def score(row: Any) -> float:
+        if text is None or row[1] is None:
+            return cosine(image, row[0])
+        both = image_weight * cosine(image, row[0]) + text_weight * cosine(text, row[1])
+        return both / (image_weight + text_weight)
+
+    memory = FusionEngine(LIMITS, weights=Weights(image=image_weight, text=text_weight))
+    for number, (picture, words) in enumerate(rows):
+        memory.add(str(number), picture, text=words)
+    found = memory.match(image, text=text)
+    ranked = sorted((score(row) for row in rows), reverse=True)
+    assert found.score == pytest.approx(ranked[0], abs=1e-4)
+    assert found.second_score == pytest.approx(ranked[1] if len(ranked) > 1 else -1.0, abs=1e-4)
+
+
+def test_texts_survive_a_restart_and_other_weights(tmp_path: Path) -> None:
+    """They are stored as they are; what they count is decided where they are used."""
+    memory = FusionEngine(LIMITS, weights=Weights(image=1.0, text=1.0))
+    memory.add("inbox", vector(1, 0), text=vector(0, 1))
+    memory.add("a picture alone", vector(0, 1))
+    memory.save(tmp_path / "m.npz")
+    again = FusionEngine.load(tmp_path / "m.npz", LIMITS, weights=Weights(image=1.0, text=3.0))
+    assert again.match(vector(1, 0), text=vector(1, 0)).score == pytest.approx(0.25)
+    again.weights = Weights()
+    assert again.match(vector(1, 0), text=vector(1, 0)).score == 1.0
+    assert again.labels == memory.labels
+
+
+def test_a_label_with_many_screens_does_not_hide_its_rival() -> None:
+    """The margin is judged against another label, however many nearer screens have the first one's."""
+    memory = FusionEngine(LIMITS)
+    for number in range(200):
+        memory.add("chat", vector(1, number * 1e-4))
+    memory.add("mail", vector(1, 0.05))
+    assert memory.match(vector(1, 0)).second_label == "mail"
+    for number in range(50):
+        memory.add(str(number), vector(0, 1), digest="one picture")
+    assert len(memory) == 202, "what was replaced is not counted, nor found"
+    assert memory.match(vector(0, 1)).label == "49"
+
+
+def test_another_index_may_search() -> None:
+    """FAISS and its kin take the place of numpy by two methods, and the verdicts stay."""
+
+    class Flat:
+        def __init__(self, dimension: int) -> None:
+            self.rows = np.zeros((0, dimension), np.float32)
+            self.asked: list[int] = []
+
+        def add(self, rows: Any) -> None:
+            self.rows = np.vstack([self.rows, rows])
+
+        def search(self, vector: Any, k: int) -> Any:
+            self.asked.append(k)
+            scores = self.rows @ vector
+            best = np.argsort(-scores)[:k]
+            return best, scores[best]
+
+    made: list[Flat] = []
+
+    def make(dimension: int) -> Flat:
+        made.append(Flat(dimension))
+        return made[-1]
+
+    memory = FusionEngine(LIMITS, index=make)
+    memory.add("a", vector(1, 0))
+    memory.add("b", vector(0, 1))
+    assert memory.match(vector(1, 0.1)).verdict is Verdict.RECOGNISED
+    assert made[0].asked
+
+
+def test_a_memory_of_the_first_version_is_still_read(tmp_path: Path) -> None:
+    """It had no texts."""
+    about = {"format": "gpu_fsm screen memory", "version": 1, "labels": ["a"], "digests": ["d"]}
+    text = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    np.savez(tmp_path / "m.npz", about=text, vectors=np.ones((1, 2), np.float32), probe=np.ones(2, np.float32))
+    assert FusionEngine.load(tmp_path / "m.npz", probe=vector(1, 1)).knows("d")
+
+
 # --- screens ----------------------------------------------------------------------------------------------------------
 
 
@@ -388,9 +548,31 @@ def test_bad_folders_are_named_with_the_mend(tmp_path: Path) -> None:
         load_screens(tmp_path)
 
 
-# --- ExecutionLoop ----------------------------------------------------------------------------------------------------
+def test_frames_of_anything_become_screens() -> None:
+    """PIL images or arrays, as readers of videos give them; each is a PNG with a name of its own."""
+    images = [Image.new("L", (8, 6), 9), np.zeros((6, 8, 3), np.uint8)]
+    shots = list(frames(images, "video"))
+    assert [shot.name for shot in shots] == ["video-000000", "video-000001"]
+    assert [shot.image().size for shot in shots] == [(8, 6), (8, 6)]
 
-RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+def test_the_live_screen_is_told_when_it_changes() -> None:
+    """A picture like the last one is no news; the names count the looks."""
+    colours = iter([RED, RED, GREEN, GREEN, RED])
+    looks = live(every_s=lambda: 0.0, grab=lambda: Image.new("RGB", (4, 4), next(colours)))
+    assert [next(looks).name for _ in range(3)] == ["screen-000000", "screen-000002", "screen-000004"]
+
+
+def test_without_a_desktop_the_live_screen_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line with a mend, not the library's own error."""
+    pytest.importorskip("mss", reason="mss is not installed")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(errors.BadArgument, match="cannot be seen"):
+        next(live())
+
+
+# --- ExecutionLoop ----------------------------------------------------------------------------------------------------
 
 
 def loop_with(manager: StandIn, **options: Any) -> ExecutionLoop:
@@ -481,3 +663,267 @@ def test_importing_the_agent_loads_nothing_heavy() -> None:
     code = "import sys, gpu_fsm.agent; print([m for m in ('torch', 'numpy', 'PIL', 'rich') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+def send(number: signal.Signals) -> None:
+    """To ourselves; the main thread hears it."""
+    os.kill(os.getpid(), number)
+
+
+def wait_out() -> None:
+    """Something that takes for ever, as far as a test can wait."""
+    threading.Event().wait(10.0)
+    raise AssertionError("it was not cut off")
+
+
+class Stuck(StandIn):
+    """A manager whose mode changes never end; it tells when somebody waits."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self.number = number
+
+    def set_execution_mode(self, mode: ExecutionMode) -> None:
+        threading.Timer(0.02, send, [self.number]).start()
+        wait_out()
+
+
+@SIGNALS
+def test_a_signal_ends_the_waiting_for_a_load(number: signal.Signals) -> None:
+    """At once, without an error; afterwards signals mean what they meant before."""
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    loop = loop_with(Stuck(number))
+    assert loop.run(ExecutionMode.RECORDING, [screen("r")]) == ()
+    assert loop.stopper.signal is number
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@SIGNALS
+def test_a_signal_ends_the_waiting_for_a_screen(number: signal.Signals) -> None:
+    """A source that has nothing to show for hours."""
+
+    def endless() -> Iterator[Screen]:
+        yield screen("r")
+        threading.Timer(0.02, send, [number]).start()
+        wait_out()
+
+    assert len(loop_with(StandIn(says("red"))).run(ExecutionMode.RECORDING, endless())) == 1
+
+
+@SIGNALS
+def test_a_signal_lets_a_hook_finish(number: signal.Signals) -> None:
+    """Half a click is worse than none: acting is finished, then it ends."""
+    acted: list[str] = []
+
+    def act(shot: Screen, _label: str) -> None:
+        send(number)
+        threading.Event().wait(0.01)
+        acted.append(shot.name)
+
+    manager = StandIn(says("red"))
+    loop = loop_with(manager, on_action=act)
+    loop.run(ExecutionMode.RECORDING, [screen("r", RED)])
+    steps = loop.run(ExecutionMode.AUTOPILOT, [screen("r2", RED), screen("r3", RED)])
+    assert [step.screen for step in steps] == acted == ["r2"]
+
+
+@SIGNALS
+def test_a_signal_lets_the_memory_be_written(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was labelled is on the disk when the loop ends."""
+    real, once = os.fsync, [number]
+
+    def fsync(handle: int) -> None:
+        while once:
+            send(once.pop())
+        real(handle)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    loop = loop_with(StandIn(says("red"), says("green")), memory_path=tmp_path / "m.npz")
+    steps = loop.run(ExecutionMode.RECORDING, [screen("r", RED), screen("g", GREEN)])
+    assert [step.result for step in steps] == ["recorded"]
+    assert FusionEngine.load(tmp_path / "m.npz").labels == ("red",)
+
+
+def test_a_second_ctrl_c_ends_the_hook_too() -> None:
+    """Whoever presses it twice means it."""
+
+    def act(_shot: Screen, _label: str) -> None:
+        for _ in range(2):
+            send(signal.SIGINT)
+            threading.Event().wait(0.05)
+        raise AssertionError("it went on")
+
+    manager = StandIn(says("red"))
+    loop = loop_with(manager, on_action=act)
+    loop.run(ExecutionMode.RECORDING, [screen("r", RED)])
+    assert loop.run(ExecutionMode.AUTOPILOT, [screen("r", RED)]) == ()
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """Under nohup, or in the background of a shell, a program goes on."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        loop = loop_with(StandIn(says("red")), on_step=lambda _: send(signal.SIGINT))
+        assert len(loop.run(ExecutionMode.RECORDING, [screen("r"), screen("r")])) == 2
+        assert loop.stopper.signal is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_stop_lets_the_screen_in_hand_be_finished() -> None:
+    """It is no signal: nothing is cut off."""
+    manager = StandIn(says("red"))
+    loop = loop_with(manager)
+    generate = manager.generate
+
+    def stopping(*args: Any, **options: Any) -> Completion:
+        loop.stop()
+        return generate(*args, **options)
+
+    manager.generate = stopping  # type: ignore[method-assign]
+    steps = loop.run(ExecutionMode.RECORDING, [screen("r"), screen("g", GREEN)])
+    assert [step.result for step in steps] == ["recorded"]
+
+
+def test_a_signal_in_the_middle_of_a_load_leaves_nothing_on_the_card() -> None:
+    """With the real manager: the load is given up, and closing gives everything back."""
+    world = SimulatedWorld()
+    gate = Gate(world, "ollama.load", "during")
+    with threaded(world) as manager:
+        loop = ExecutionLoop(manager, UIDetector(manager), FusionEngine(LIMITS))
+        watcher = in_thread(lambda: (gate.wait(), send(signal.SIGTERM)))
+        assert loop.run(ExecutionMode.RECORDING, [screen("r")]) == ()
+        watcher.result(5.0)
+        closing = in_thread(manager.close)
+        until(lambda: manager.get_status().queued or closing.done())
+        gate.open()
+        let_time_pass(world, closing)
+    assert not world.vlm_resident()
+    assert world.vlm_held_mib() == 0.0
+
+
+# --- asyncio ----------------------------------------------------------------------------------------------------------
+
+
+def describing(_model: str, _prompt: str, images: list[bytes]) -> str:
+    """A VLM that tells screens by their size."""
+    return says(f"{len(images[0])} bytes")
+
+
+def test_both_faces_do_the_same() -> None:
+    """Screens from an async source, async hooks, and the same steps as from the blocking loop."""
+    shots = [screen("r", RED), screen("g", GREEN, 16), screen("r again", RED)]
+
+    async def coming() -> AsyncIterator[Screen]:
+        for shot in shots:
+            await asyncio.sleep(0)
+            yield shot
+
+    async def both() -> tuple[Any, Any]:
+        acted: list[str] = []
+
+        async def act(shot: Screen, _label: str) -> None:
+            await asyncio.sleep(0)
+            acted.append(shot.name)
+
+        loop = ExecutionLoop(manager, UIDetector(manager), FusionEngine(LIMITS), on_action=act)
+        steps = await loop.arun(ExecutionMode.RECORDING, coming())
+        steps += await loop.arun(ExecutionMode.AUTOPILOT, shots)
+        return [(step.screen, step.result, step.label) for step in steps], acted
+
+    with threaded(SimulatedWorld(responder=describing)) as manager:
+        awaited, acted = asyncio.run(both())
+    with threaded(SimulatedWorld(responder=describing)) as manager:
+        loop = ExecutionLoop(manager, UIDetector(manager), FusionEngine(LIMITS))
+        steps = loop.run(ExecutionMode.RECORDING, shots) + loop.run(ExecutionMode.AUTOPILOT, shots)
+    assert awaited == [(step.screen, step.result, step.label) for step in steps]
+    assert [result for _, result, _ in awaited[:3]] == ["recorded", "recorded", "kept"]
+    assert acted == ["r", "g", "r again"]
+
+
+@SIGNALS
+def test_under_asyncio_a_signal_ends_the_waiting_for_a_load_too(number: signal.Signals) -> None:
+    """The event loop goes on meanwhile and afterwards; the load is the manager's, which is then closed."""
+    world = SimulatedWorld()
+    gate = Gate(world, "ollama.load", "during")
+
+    async def work() -> int:
+        loop = ExecutionLoop(manager, UIDetector(manager), FusionEngine(LIMITS))
+        running = asyncio.create_task(loop.arun(ExecutionMode.RECORDING, [screen("r")]))
+        while not gate.reached.is_set():
+            await asyncio.sleep(0.001)
+        send(number)
+        assert await asyncio.wait_for(running, 5.0) == ()
+        assert loop.stopper.signal is number
+        return 7
+
+    with threaded(world) as manager:
+        assert asyncio.run(work()) == 7
+        gate.open()
+        let_time_pass(world, in_thread(manager.close))
+
+
+def test_under_asyncio_a_signal_that_came_before_a_wait_cancels_it() -> None:
+    """As `Stopped` it would leave the task and end the event loop with everything else in it."""
+
+    async def work() -> str:
+        stopper = Stopper()
+
+        async def wait() -> None:
+            send(signal.SIGTERM)
+            with stopper.cut():
+                await asyncio.Event().wait()
+
+        task = asyncio.ensure_future(wait())
+        with stopper, stopper.cancelling(task):
+            await asyncio.wait([task], timeout=5.0)
+        return "cancelled" if task.cancelled() else repr(task)
+
+    assert asyncio.run(work()) == "cancelled"
+
+
+def test_a_cancelled_arun_is_cancelled() -> None:
+    """Only signals are taken for a clean end; whoever cancels the task gets what he asked for."""
+
+    async def never() -> AsyncIterator[Screen]:
+        await asyncio.Event().wait()
+        yield screen("r")
+
+    async def work() -> None:
+        loop = ExecutionLoop(manager, UIDetector(manager), FusionEngine(LIMITS))
+        running = asyncio.create_task(loop.arun(ExecutionMode.IDLE, never()))
+        await asyncio.sleep(0.05)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    with threaded(SimulatedWorld()) as manager:
+        asyncio.run(work())
+
+
+def test_a_blocking_source_does_not_block_the_event_loop() -> None:
+    """It waits in a thread of its own, one that does not keep the program from ending."""
+    asked, go = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[Screen]:
+        asked.set()
+        go.wait(30.0)
+        yield screen("r")
+
+    async def work() -> int:
+        loop = ExecutionLoop(manager, UIDetector(manager), FusionEngine(LIMITS))
+        running = asyncio.create_task(loop.arun(ExecutionMode.IDLE, slow()))
+        while not asked.is_set():
+            await asyncio.sleep(0.001)
+        go.set()
+        return len(await running)
+
+    with threaded(SimulatedWorld()) as manager:
+        assert asyncio.run(work()) == 1

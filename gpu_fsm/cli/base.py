@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gpu_fsm.settings import GPUResourceConfig, load_config, parse_setting, settings_table
+from gpu_fsm.appconfig import Loaded, app_fields, app_settings_table, load_app_config
+from gpu_fsm.settings import GPUResourceConfig, Setting, load_config, parse_setting, settings_table
 
 
 class ExitCode(enum.IntEnum):
@@ -19,14 +20,18 @@ class ExitCode(enum.IntEnum):
     FAILED = 1
     USAGE = 2
     MISSING = 3
+    ABSENT = 4
+    REFUSED = 5
     INTERRUPTED = 130
 
 
 EXIT_CODES: dict[ExitCode, str] = {
     ExitCode.FINE: "everything did what it should",
-    ExitCode.FAILED: "a phase of the demo or a job failed, or the output could not be written",
+    ExitCode.FAILED: "a job failed, the doctor found a problem, or the output could not be written",
     ExitCode.USAGE: "bad input: an option, a setting, a file, a folder",
     ExitCode.MISSING: "something that must be installed is not there; the message says what",
+    ExitCode.ABSENT: "no running manager answers; the message says where it was looked for",
+    ExitCode.REFUSED: "the running manager said no; the output says why",
     ExitCode.INTERRUPTED: "interrupted from the keyboard; what was loaded has been given back",
 }
 
@@ -44,15 +49,29 @@ json_option = click.option(
 
 def settings_options(command: Callable[..., int]) -> Callable[..., int]:
     """Give a command an option for every setting; their text arrives under the settings' names."""
-    for setting in reversed(settings_table()):
+    return _options(command, settings_table())
+
+
+def app_options(*sections: str, hidden: bool = False) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a command an option for every setting of these sections; `gpu` are the manager's.
+
+    Their text arrives under the settings' names with `_` for the dot; `load_app` takes them all.
+    """
+    wanted = [setting for setting in app_settings_table() if (setting.section or "gpu") in sections]
+    return lambda command: _options(command, wanted, hidden=hidden)
+
+
+def _options(command: Callable[..., int], settings: Sequence[Setting], *, hidden: bool = False) -> Callable[..., int]:
+    for setting in reversed(settings):
         optional_value: dict[str, Any] = (
             {"is_flag": False, "flag_value": "true"} if setting.bound == "true or false" else {}
         )
         command = click.option(
             setting.option,
-            setting.name,
+            setting.name.replace(".", "_"),
             metavar="[VALUE]" if optional_value else "VALUE",
             help=f"{setting.about}  [default: {setting.default}]",
+            hidden=hidden,
             **optional_value,
         )(command)
     return command
@@ -66,3 +85,28 @@ def load_settings(
     given = {name: text for name, text in texts.items() if text is not None}
     overrides = {name: parse_setting(name, text, f"option {options[name]}") for name, text in given.items()}
     return load_config(config_path, overrides=overrides, override_source=lambda name: f"option {options[name]}")
+
+
+def load_app(
+    config_path: Path | None,
+    texts: Mapping[str, str | None],
+    renamed: Mapping[str, str] | None = None,
+    *,
+    go_on: bool = False,
+) -> Loaded:
+    """Make the configuration of the whole program, from the files that are found or the one that is named.
+
+    `texts` are options as `app_options` gives them; `renamed` gives those that are not called like their setting.
+    With `go_on` what cannot be used is listed under `problems` of the result.
+    """
+    fields = app_fields()
+    names = {setting.name.replace(".", "_"): setting for setting in app_settings_table()}
+    options = {setting.name: f"option {setting.option}" for setting in names.values()}
+    options |= {names[name].name: f"option {option}" for name, option in (renamed or {}).items()}
+    given = {names[name].name: text for name, text in texts.items() if text is not None}
+    return load_app_config(
+        config_path,
+        overrides={name: parse_setting(name, text, options[name], fields) for name, text in given.items()},
+        override_source=options.__getitem__,
+        go_on=go_on,
+    )

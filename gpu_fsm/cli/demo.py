@@ -1,4 +1,4 @@
-"""`gpu-fsm demo` and `gpu-fsm run`."""
+"""`gpu-fsm demo`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from gpu_fsm.arguments import as_mode
-from gpu_fsm.cli.base import config_option, json_option, load_settings, settings_options
+from gpu_fsm.cli.base import config_option, json_option, load_settings
 from gpu_fsm.settings import DEFAULT_OLLAMA_URL
 
 
@@ -51,32 +50,3 @@ def demo(
             shuffle_index=shuffle_index,
         )
     )
-
-
-@click.command("run", short_help="The same agent on the real card and the real Ollama.")
-@click.option(
-    "--screens",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    required=True,
-    help="Folder with screenshots (PNG, JPEG).",
-)
-@click.option("--mode", metavar="MODE", help="Only this mode: recording or autopilot.  [default: both, in this order]")
-@json_option
-@config_option
-@settings_options
-def run(screens: Path, mode: str | None, as_json: bool, config_path: Path | None, **settings: str | None) -> int:
-    """Run the same agent on the real card and the real Ollama; nothing is simulated.
-
-    Without Ollama or a GPU it runs DEGRADED or on the CPU, and says so.
-
-    \b
-    Examples:
-      gpu-fsm run --screens shots/
-      gpu-fsm run --screens shots/ --mode autopilot --vlm-model llava:7b --idle-timeout-s 60
-    """  # noqa: D301
-    config = load_settings(config_path, settings)
-    only = None if mode is None else as_mode(mode)
-    from gpu_fsm.demo import run_agent
-
-    return run_agent(config, screens, mode=only, as_json=as_json)

@@ -16,13 +16,29 @@ from rich.console import Console
 
 from gpu_fsm import __version__
 from gpu_fsm.cli.base import EXIT_CODES, ExitCode
-from gpu_fsm.cli.demo import demo, run
+from gpu_fsm.cli.completion import completion
+from gpu_fsm.cli.config import config
+from gpu_fsm.cli.control import events, explain, mode, status, vlm
+from gpu_fsm.cli.demo import demo
 from gpu_fsm.cli.diagram import diagram
+from gpu_fsm.cli.doctor import doctor
+from gpu_fsm.cli.explore import explore
+from gpu_fsm.cli.fuzz import fuzz
+from gpu_fsm.cli.gateway import gateway
+from gpu_fsm.cli.run import run
 from gpu_fsm.cli.simulate import simulate_ollama
 from gpu_fsm.errors import BadArgument, ClipUnavailable, ConfigError, GPUFSMError, one_line
 
-_EXTRA = frozenset({"PIL", "numpy", "sentence_transformers", "torch", "transformers"})
-"""What comes with the extra `clip` and not with the package alone."""
+_EXTRA = {
+    **dict.fromkeys(("PIL", "numpy", "sentence_transformers", "torch", "transformers"), "clip"),
+    **dict.fromkeys(("httpx", "starlette", "uvicorn"), "gateway"),
+    "hypothesis": "testing",
+    "mss": "screen",
+}
+"""What comes with an extra and not with the package alone."""
+
+_BY_CODE = {"nothing_runs": ExitCode.ABSENT, "control_refused": ExitCode.REFUSED}
+"""Errors of modules that not every command imports."""
 
 _EXIT_TABLE = "\b\nExit codes:\n" + "\n".join(f"  {code.value:>3}  {text}" for code, text in EXIT_CODES.items())
 
@@ -30,7 +46,23 @@ _EXIT_TABLE = "\b\nExit codes:\n" + "\n".join(f"  {code.value:>3}  {text}" for c
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog=_EXIT_TABLE,
-    commands=[demo, run, diagram, simulate_ollama],
+    commands=[
+        demo,
+        run,
+        gateway,
+        diagram,
+        simulate_ollama,
+        fuzz,
+        explore,
+        doctor,
+        config,
+        completion,
+        status,
+        mode,
+        vlm,
+        events,
+        explain,
+    ],
 )
 @click.version_option(__version__, "--version", message="gpu-fsm %(version)s")
 def _cli() -> None:
@@ -40,6 +72,7 @@ def _cli() -> None:
     Examples:
       gpu-fsm demo                      see it work; needs no GPU and no Ollama
       gpu-fsm run --screens shots/      the same agent on the real card
+      gpu-fsm doctor                    what is missing or wrong, and how to mend it
       gpu-fsm diagram > states.mmd      the state machine as a Mermaid diagram
       gpu-fsm simulate-ollama --port 0  an Ollama to try things on
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
@@ -60,13 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ClipUnavailable as error:
         return _complain(str(error), ExitCode.MISSING)
     except GPUFSMError as error:
-        return _complain(str(error), ExitCode.FAILED)
+        return _complain(str(error), _BY_CODE.get(error.code, ExitCode.FAILED))
     except (KeyboardInterrupt, click.Abort):
         return _complain("interrupted", ExitCode.INTERRUPTED)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
+        extra = _EXTRA.get((error.name or "").partition(".")[0])
+        if extra is None:
             raise
-        return _complain(f"{error.name} is not installed. Run: pip install 'gpu-fsm[clip]'", ExitCode.MISSING)
+        return _complain(f"{error.name} is not installed. Run: pip install 'gpu-fsm[{extra}]'", ExitCode.MISSING)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise

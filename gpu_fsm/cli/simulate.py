@@ -59,6 +59,15 @@ def _milliseconds(name: str, default: int, about: str) -> Callable[[Callable[...
     help="The card's memory; 0 is a machine without a GPU.",
 )
 @click.option(
+    "--pullable",
+    "pullables",
+    callback=_pairs(1e6),
+    multiple=True,
+    metavar="NAME=MIB",
+    help="A model that it does not have and can pull.  [default: none, as without a network]",
+)
+@_milliseconds("--pull-ms", 2000, "How long a pull takes.")
+@click.option(
     "--fault",
     "faults",
     callback=_pairs(1.0),
@@ -74,6 +83,8 @@ def simulate_ollama(
     unload_ms: int,
     reclaim_ms: int,
     vram_mib: float,
+    pullables: tuple[tuple[str, float], ...],
+    pull_ms: int,
     faults: tuple[tuple[str, float], ...],
 ) -> int:
     """Serve a simulated Ollama over HTTP on 127.0.0.1 until it is interrupted.
@@ -112,6 +123,8 @@ def simulate_ollama(
             unload_s=unload_ms / 1e3,
             reclaim_s=reclaim_ms / 1e3,
             faults=switches,
+            registry=[SimulatedModel(name=name, size_mib=mib, load_s=load_ms / 1e3) for name, mib in pullables],
+            pull_s=pull_ms / 1e3,
         )
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):

@@ -16,6 +16,9 @@ from gpu_fsm.status import ClipPlace, Holder, VRAMInfo
 if TYPE_CHECKING:
     from gpu_fsm.ports import Embeddings
 
+WEIGHTS = 4
+"""In so many parts CLIP moves; between any two of them somebody may look."""
+
 _HANG_LIMIT_S = 3600.0
 """A call that hangs and cannot be interrupted gives up after this long in the simulation."""
 
@@ -64,6 +67,7 @@ class SimulatedCLIP:
         self.poisoned = ""
         self._place: ClipPlace = "cpu" if exists else "none"
         self._context_paid = False
+        self._under_way = False
         self._encoding = 0
         self._lock = threading.Lock()
 
@@ -74,8 +78,8 @@ class SimulatedCLIP:
 
     @property
     def device(self) -> str:
-        """`cpu`, `sim:0` or `none`."""
-        return "sim:0" if self._place == "gpu" else self._place
+        """`cpu`, `sim:0` or `none`; `mixed` while some weights have moved and others have not."""
+        return "mixed" if self._under_way else "sim:0" if self._place == "gpu" else self._place
 
     @property
     def gpu_usable(self) -> bool:
@@ -179,7 +183,6 @@ class SimulatedCLIP:
             raise CudaPoisoned(detail=self.poisoned)
         if self._place == "none" or self.card is None:
             raise ClipError(detail=self.gpu_unusable_reason)
-        self._watch("gpu")
         try:
             if not self._context_paid:
                 self.card.take(CONTEXT_OWNER, self.context_mib, name="python")
@@ -187,21 +190,31 @@ class SimulatedCLIP:
             self.card.take(CLIP_OWNER, self.clip_mib, name="python")
         except CardFull as full:
             raise ClipOutOfMemory(detail="CLIP does not fit on the card", needed_mib=full.asked_mib) from None
-        self.clock.sleep(self.move_s)
-        self._watch("gpu")
+        self._move("gpu", self.move_s)
         self._place = "gpu"
         self.ups += 1
 
     def _to_cpu(self) -> None:
         if self._place != "gpu":
             return
-        self._watch("cpu")
-        self.clock.sleep(self.move_s / 10)
-        self._watch("cpu")
+        self._move("cpu", self.move_s / 10)
         self._place = "cpu"
         if self.card is not None:
             self.card.give_back(CLIP_OWNER)
         self.downs += 1
+
+    def _move(self, target: ClipPlace, seconds: float) -> None:
+        """Weight by weight; the hook runs after each, with phase "during"."""
+        self._watch(target)
+        try:
+            for weight in range(1, WEIGHTS + 1):
+                self.clock.sleep(seconds / WEIGHTS)
+                self._under_way = weight < WEIGHTS
+                self._watch(target)
+                if self.on_io is not None:
+                    self.on_io(f"clip.to_{target}", "during")
+        finally:
+            self._under_way = False
 
     def _watch(self, target: str) -> None:
         if self._encoding:

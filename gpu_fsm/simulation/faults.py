@@ -86,7 +86,8 @@ class Faults:
         """Have the next `times` calls of `op` go wrong (None: all until `heal`), after `skip` good ones.
 
         `rate` lets only that share of the calls go wrong.  `args`: `delay_s` for `late`, `share` for `partial`,
-        `text` for the errors.  Raises ValueError for a kind that the operation does not know.
+        `text` for the errors; `status`, `body` and `content_type` make any answer of `html`.  Raises ValueError for a
+        kind that the operation does not know.
         """
         if kind not in KINDS.get(op, ()):
             known = ", ".join(sorted(KINDS.get(op, ()))) or f"operations: {', '.join(OPERATIONS)}"

@@ -158,6 +158,8 @@ def run_server(
     generate_s: float = 0.5,
     responder: Callable[[str, str, list[bytes]], str] | None = None,
     faults: Faults | None = None,
+    registry: Iterable[SimulatedModel] = (),
+    pull_s: float = 2.0,
     say: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
 ) -> int:
@@ -181,6 +183,8 @@ def run_server(
         reclaim_s=reclaim_s,
         generate_s=generate_s,
         responder=responder,
+        registry=registry,
+        pull_s=pull_s,
         epoch_s=_epoch(clock),
     )
     over = stop or threading.Event()

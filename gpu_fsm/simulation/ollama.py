@@ -16,9 +16,11 @@ from typing import Any
 
 from attrs import define
 
+from gpu_fsm.simulation import openai
 from gpu_fsm.simulation.card import Card
 from gpu_fsm.simulation.clock import WorldClock
 from gpu_fsm.simulation.faults import Fault, Faults
+from gpu_fsm.simulation.pull import pull
 from gpu_fsm.simulation.scheduler import (
     BUSY_TEXT,
     MIB,
@@ -36,6 +38,7 @@ from gpu_fsm.simulation.wire import (
     Refusal,
     decode_images,
     dumps,
+    fitting,
     go_kind,
     is_local_host,
     parse_keep_alive,
@@ -51,6 +54,10 @@ _INTEGER_OPTIONS = frozenset(
 
 Responder = Callable[[str, str, list[bytes]], str]
 """(model, prompt, images) -> the text of the answer."""
+
+
+def _say_ok(_model: str, _prompt: str, _images: list[bytes]) -> str:
+    return "ok"
 
 
 @define(eq=False)
@@ -95,6 +102,9 @@ class SimulatedOllama(Scheduler):
         fit_margin_mib: float = 0.0,
         host_mib: float = 32768.0,
         epoch_s: float = 1767225600.0,
+        frozen: bool = False,
+        registry: Iterable[SimulatedModel] = (),
+        pull_s: float = 2.0,
         responder: Responder | None = None,
     ) -> None:
         self.version = {"0.32": "0.32.15", "0.24": "0.24.0"}.get(version, version)
@@ -116,13 +126,20 @@ class SimulatedOllama(Scheduler):
         self.num_parallel = num_parallel
         self.epoch_s = epoch_s
         """The wall clock at 0 of `clock`, in seconds since 1970."""
-        self.responder: Responder = responder or (lambda model, prompt, images: "ok")
+        self.frozen = frozen
+        """Answers tell one moment and no durations, so that equal requests get equal bytes."""
+        self.responder: Responder = responder or _say_ok
         self.log: list[LogEntry] = []
         self.unreachable = False
         """True: packets vanish, a client waits for its connect time-out."""
         self._open: set[Exchange] = set()
         self._starting: list[Exchange] | None = None
         self._orphans: list[str] = []
+        self.registry = {(m := model.normal()).name.casefold(): m for model in registry}
+        """What `/api/pull` can fetch; with nothing here the server has no network."""
+        self.pull_s = pull_s
+        self.fetched: dict[str, int] = {}
+        """Bytes of each blob that pulls have brought so far."""
         for model in models:
             self.add_model(model)
 
@@ -277,6 +294,8 @@ class SimulatedOllama(Scheduler):
                 return "ollama.unload"
             runner = self._runner_named(body.get("model"))
             return "ollama.renew" if runner is not None and runner.alive and not runner.exiting else "ollama.load"
+        if method == "POST" and path.startswith("/v1/"):
+            return "ollama.generate"
         return {"/api/tags": "ollama.tags", "/api/show": "ollama.show", "/api/version": "ollama.version"}.get(
             path, "ollama.other"
         )
@@ -304,7 +323,8 @@ class SimulatedOllama(Scheduler):
             page = (
                 b"<!DOCTYPE html><html><head><title>Bad Gateway</title></head><body><h1>Bad Gateway</h1></body></html>"
             )
-            exchange.answer(int(fault.args.get("status", 502)), page, "text/html")
+            given = fault.args
+            exchange.answer(given.get("status", 502), given.get("body", page), given.get("content_type", "text/html"))
         elif kind == "truncated":
             self._route(CutExchange(exchange), path, body, refusal, None)
         else:
@@ -331,7 +351,7 @@ class SimulatedOllama(Scheduler):
         if host and not is_local_host(host):
             exchange.answer(403, b"", "")
             return
-        methods = _ROUTES.get(path)
+        methods = _ROUTES.get("/v1/models/" if path.startswith("/v1/models/") else path)
         if methods is None:
             exchange.answer(404, b"404 page not found", "text/plain")
             return
@@ -366,11 +386,34 @@ class SimulatedOllama(Scheduler):
         return list(reversed(self.models.values()))
 
     def _get_v1_models(self, exchange: Exchange, body: Any, fault: Fault | None) -> None:
-        data = [
-            {"id": m.name, "object": "model", "created": int(self.epoch_s), "owned_by": "library"}
-            for m in self._newest_first()
-        ]
+        data = [openai.listed(m.name, self.epoch_s) for m in self._newest_first()]
         exchange.json(200, {"object": "list", "data": data}, content_type=_JSON_STREAM)
+
+    def _get_v1_model(self, exchange: Exchange, body: Any, fault: Fault | None) -> None:
+        name = exchange.path.partition("?")[0].removeprefix("/v1/models/")
+        model = self.models.get(short_name(name).casefold())
+        if model is None:
+            exchange.json(404, openai.error(404, f"model '{name}' not found"), content_type=_JSON_STREAM)
+            return
+        exchange.json(200, openai.listed(model.name, self.epoch_s), content_type=_JSON_STREAM)
+
+    def _post_v1_chat(self, exchange: Exchange, body: dict[str, Any], fault: Fault | None) -> None:
+        self._translate(openai.Chat(exchange, body, self._created_s()), _S._post_chat, fault)
+
+    def _post_v1_completion(self, exchange: Exchange, body: dict[str, Any], fault: Fault | None) -> None:
+        self._translate(openai.Text(exchange, body, self._created_s()), _S._post_generate, fault)
+
+    def _post_v1_embedding(self, exchange: Exchange, body: dict[str, Any], fault: Fault | None) -> None:
+        self._translate(openai.Embedding(exchange, body, self._created_s()), _S._post_embed, fault)
+
+    def _created_s(self) -> int:
+        return int(self.epoch_s if self.frozen else self.epoch_s + self.clock.monotonic())
+
+    def _translate(self, inner: openai.Translated, handler: _Handler, fault: Fault | None) -> None:
+        try:
+            handler(self, inner, inner.native(), fault)
+        except Refusal as no:
+            inner.json(no.status, {"error": no.text})
 
     def _get_ps(self, exchange: Exchange, body: Any, fault: Fault | None) -> None:
         if not self.old and any(runner.exiting or runner.pinged for runner in self._runners):
@@ -438,18 +481,7 @@ class SimulatedOllama(Scheduler):
 
     def _post_pull(self, exchange: Exchange, body: Any, fault: Fault | None) -> None:
         name = short_name(string_of(body, "model", "PullRequest") or string_of(body, "name", "PullRequest"))
-        # Without a network, as the recorded server was.
-        path = name.partition(":")[0]
-        error = {
-            "error": f'pull model manifest: Get "https://registry.ollama.ai/v2/library/{path}/manifests/'
-            f'{name.partition(":")[2]}": dial tcp: lookup registry.ollama.ai on 10.255.255.53:53: no such host'
-        }
-        if body.get("stream") is False:
-            exchange.json(500, error, content_type=_JSON_STREAM)
-            return
-        exchange.begin(200, _NDJSON)
-        exchange.push(dumps({"status": "pulling manifest"}) + b"\n" + dumps(error) + b"\n")
-        exchange.finish()
+        pull(self, exchange, name, stream=body.get("stream") is not False)
 
     def _delete(self, exchange: Exchange, body: Any, fault: Fault | None) -> None:
         name = string_of(body, "model", "DeleteRequest") or string_of(body, "name", "DeleteRequest")
@@ -621,6 +653,8 @@ class SimulatedOllama(Scheduler):
                 refuse(400, dumps(inner).decode())
                 return
             text = self.responder(runner.model.name, prompt, images)
+            if isinstance(wanted_format, dict) and self.responder is _say_ok:
+                text = fitting(wanted_format, text, images)
             words = [w + " " for w in text.split(" ")]
             words[-1] = words[-1][:-1]
             limit = int(runner_limit) if (runner_limit := (body.get("options") or {}).get("num_predict")) else 0
@@ -633,15 +667,16 @@ class SimulatedOllama(Scheduler):
 
             def facts() -> dict[str, Any]:
                 now = self.clock.monotonic()
+                load_s, run_s = (0.0, 0.0) if self.frozen else (began - arrived, now - began)
                 # Token numbers of prompt and answer, for the next request; not where the prompt went in raw.
                 context = {"context": list(range(259, 259 + len(prompt.split()) + len(words)))}
                 return ({} if chat or body.get("raw") else context) | {
-                    "total_duration": int((now - arrived) * 1e9),
-                    "load_duration": int((began - arrived) * 1e9),
+                    "total_duration": int((load_s + run_s) * 1e9),
+                    "load_duration": int(load_s * 1e9),
                     "prompt_eval_count": len(prompt.split()) + 256 * len(images),
-                    "prompt_eval_duration": int((now - began) * 5e8),
+                    "prompt_eval_duration": int(run_s * 5e8),
                     "eval_count": len(words),
-                    "eval_duration": int((now - began) * 5e8),
+                    "eval_duration": int(run_s * 5e8),
                 }
 
             reason = "length" if cut else "stop"
@@ -680,7 +715,8 @@ class SimulatedOllama(Scheduler):
     def _reply(
         self, name: str, chat: bool, text: str, *, done: bool = True, done_reason: str | None = None
     ) -> dict[str, Any]:
-        reply: dict[str, Any] = {"model": name, "created_at": timestamp(self.epoch_s, self._now_ns())}
+        now_ns = 0 if self.frozen else self._now_ns()
+        reply: dict[str, Any] = {"model": name, "created_at": timestamp(self.epoch_s, now_ns)}
         if chat:
             reply["message"] = {"role": "assistant", "content": text}
         else:
@@ -779,6 +815,10 @@ _ROUTES: dict[str, dict[str, _Handler]] = {
     "/api/embed": {"POST": _S._post_embed},
     "/api/embeddings": {"POST": _S._post_embeddings},
     "/v1/models": {"GET": _S._get_v1_models},
+    "/v1/models/": {"GET": _S._get_v1_model},
+    "/v1/chat/completions": {"POST": _S._post_v1_chat},
+    "/v1/completions": {"POST": _S._post_v1_completion},
+    "/v1/embeddings": {"POST": _S._post_v1_embedding},
 }
 
 __all__ = ["LogEntry", "SimulatedModel", "SimulatedOllama"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import hashlib
 import json
 import math
 import re
@@ -252,6 +253,35 @@ def decode_images(values: Any) -> list[bytes]:
     return images
 
 
+def fitting(schema: dict[str, Any], text: str, images: list[bytes]) -> str:
+    """The plainest answer that a model held to a JSON schema could give, with `text` for every text in it.
+
+    A number made from the first image is added, so that another picture gets another answer.
+    """
+    word = f"{text} {hashlib.sha256(images[0]).hexdigest()[:6]}" if images else text
+    return dumps(_instance(schema, word)).decode()
+
+
+def _instance(schema: Any, word: str) -> Any:
+    if not isinstance(schema, dict):
+        return None
+    if schema.get("enum"):
+        return schema["enum"][0]
+    match schema.get("type"):
+        case "object":
+            return {name: _instance(inner, word) for name, inner in (schema.get("properties") or {}).items()}
+        case "array":
+            return []
+        case "string":
+            return word
+        case "integer" | "number":
+            return 0
+        case "boolean":
+            return False
+        case _:
+            return None
+
+
 @functools.lru_cache(maxsize=256)
 def is_local_host(host: str) -> bool:
     """Whether a Host header passes the guard of a server that listens on loopback."""
@@ -352,6 +382,7 @@ __all__ = [
     "Refusal",
     "decode_images",
     "dumps",
+    "fitting",
     "go_kind",
     "is_local_host",
     "parse_go_duration",

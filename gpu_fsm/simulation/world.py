@@ -19,9 +19,9 @@ VLM = "sim-vlm:7b"
 class SimulatedWorld:
     """Everything the manager's ports lead to, in virtual time.  MiB and seconds.
 
-    `on_io` holds callbacks (operation, phase) that run in the caller's thread before and after every I/O call, and
-    with phase "during" at every quarter of a load: the place to post a request in the middle of a step or to look at
-    invariants.  `faults` is the switchboard for all parts.
+    `on_io` holds callbacks (operation, phase) that run in the caller's thread before and after every I/O call, and with
+    phase "during" at every quarter of a load and after every weight of CLIP that moved: the place to post a request in
+    the middle of a step or to look at invariants.  `faults` is the switchboard for all parts.
     """
 
     def __init__(

@@ -1,0 +1,156 @@
+"""Where screens come from: a folder, frames of anything, the live screen.  All of them are iterables of `Screen`."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import field, frozen
+
+from gpu_fsm.errors import BadArgument, one_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+_LARGEST_SCREEN_BYTES = 64 * 2**20
+"""More than any screenshot: an 8K screen without compression is 100 MB, as PNG rarely a third of it."""
+
+
+@frozen(kw_only=True)
+class Screen:
+    """One screenshot: its name, the bytes of its file, and perhaps a text that belongs to it."""
+
+    name: str
+    data: bytes = field(repr=False)
+    text: str = ""
+    """What else tells screens apart, where the source knows it: a window's title, recognised words."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the bytes, in hexadecimal."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    def image(self) -> Image:
+        """Decode to RGB.  Raises `BadArgument` for bytes that are no whole image."""
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(io.BytesIO(self.data)) as opened:
+                return opened.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            unknown = isinstance(error, UnidentifiedImageError)  # its own text names our buffer, not the file
+            why = "an unknown format, or damaged" if unknown else one_line(error, 80)
+            raise BadArgument(
+                detail=f"{one_line(self.name)} is no image that can be read: {why}",
+                remedy="Remove the file or store it again as a PNG.",
+            ) from error
+
+
+def load_screens(folder: Path | str) -> tuple[Screen, ...]:
+    """Read all images of a folder, sorted by name, and check that each can be decoded.
+
+    Raises `BadArgument` for a folder that is missing or holds no image, and for a broken image.
+    """
+    folder = Path(folder)
+    mend = "Name a folder that holds PNG or JPEG screenshots."
+    if not folder.is_dir():
+        raise BadArgument(detail=f"{one_line(folder)} is no folder", remedy=mend)
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file())
+    if not found:
+        raise BadArgument(detail=f"{one_line(folder)} holds no image", remedy=mend)
+    screens = []
+    for path in found:
+        try:
+            if path.stat().st_size > _LARGEST_SCREEN_BYTES:
+                raise BadArgument(detail=f"{one_line(path)} is larger than 64 MiB", remedy="Store it smaller.")
+            screen = Screen(name=path.name, data=path.read_bytes())
+        except OSError as error:
+            why = one_line(error.strerror)
+            raise BadArgument(detail=f"{one_line(path)} cannot be read: {why}", remedy=mend) from error
+        screen.image()
+        screens.append(screen)
+    return tuple(screens)
+
+
+def frames(images: Iterable[Any], name: str = "frame") -> Iterator[Screen]:
+    """Turn PIL images, or uint8 arrays of shape (height, width, 3) in RGB, into screens `name-000000` and on.
+
+    A video's frames, for example: `frames(imageio.v3.imiter("demo.mp4"))`, or
+    `frames(PIL.ImageSequence.Iterator(PIL.Image.open("demo.gif")))`.
+    """
+    from PIL import Image
+
+    for number, given in enumerate(images):
+        image = given if isinstance(given, Image.Image) else Image.fromarray(given)
+        yield Screen(name=f"{name}-{number:06}", data=_png(image))
+
+
+def live(
+    *,
+    every_s: float | Callable[[], float] = 1.0,
+    monitor: int = 1,
+    only_changes: bool = True,
+    grab: Callable[[], Image] | None = None,
+) -> Iterator[Screen]:
+    """The live screen, for ever: one screenshot every `every_s` seconds, by default only when a pixel has changed.
+
+    `every_s` may be a function, which is asked each time.  `monitor` 0 is all of them together, 1 the first.  `grab`
+    takes the picture instead of the package mss (extra `screen`).  Raises `ModuleNotFoundError` without that package,
+    `BadArgument` where there is no screen to be seen.
+    """
+    take = grab or _grabber(monitor)
+    last = b""
+    pause = threading.Event()
+    for number in itertools.count():
+        begun = time.monotonic()
+        image = take()
+        pixels = hashlib.sha256(image.tobytes()).digest()
+        if not only_changes or pixels != last:
+            last = pixels
+            yield Screen(name=f"screen-{number:06}", data=_png(image))
+        wanted_s = every_s() if callable(every_s) else every_s
+        pause.wait(max(0.0, wanted_s - (time.monotonic() - begun)))
+
+
+def _grabber(monitor: int) -> Callable[[], Image]:
+    import mss
+    from PIL import Image
+
+    try:
+        camera = mss.MSS()
+        place = camera.monitors[monitor]
+    except (mss.ScreenShotError, IndexError) as error:
+        raise BadArgument(
+            detail=f"monitor {monitor} cannot be seen: {one_line(error)}",
+            remedy="Run where the desktop is (DISPLAY on Linux), or name another monitor.",
+        ) from error
+
+    def grab() -> Image.Image:
+        shot = camera.grab(place)
+        return Image.frombytes("RGB", shot.size, shot.rgb)
+
+    return grab
+
+
+def _png(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG", compress_level=1)  # the default level takes ten times as long
+    return buffer.getvalue()
+
+
+def sendable(screen: Screen, image: Image, largest_side: int) -> bytes:
+    """The bytes for a VLM: as they are where they are small PNG or JPEG, else a PNG within `largest_side` pixels."""
+    small = max(image.size) <= largest_side
+    if small and screen.data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
+        return screen.data
+    copy = image.copy()
+    copy.thumbnail((largest_side, largest_side))
+    return _png(copy)

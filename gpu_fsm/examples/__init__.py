@@ -1,0 +1,1 @@
+"""Small programs that embed the manager: to read, to copy, to run."""
