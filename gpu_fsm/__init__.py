@@ -26,11 +26,15 @@ aio - the asyncio face
 intercept - doors through which code that knows nothing of us reaches the VLM
 manager - the public face
 gateway - the same door for other programs, over HTTP
+control - the control socket: server and client
 agent - the reference agent: loop, detector, screen memory
+telling - what it did and what happened, in words
 simulation - the simulated card, Ollama, CLIP and clock
 testing - the fuzz kit
 diagrams - drawing the running definition
 demo - the main job, told as a story
+examples - programs that embed the manager, to read, to copy and to run
+doctor - what a user would ask about, looked at
 cli - the command line
 """
 

@@ -123,7 +123,6 @@ class AgentConfig:
     largest_side_px: int = count(
         1600, 32, 16384, "screens with a longer side are sent to the VLM smaller: it reads no finer"
     )
-    batch_size: int = count(8, 1, 256, "screens embedded under one lease; CLIP cannot move meanwhile")
     cache_size: int = count(1024, 0, 1_000_000, "the VLM's answers kept in memory, by picture")
     prompt: str | None = setting(
         None, Text("a text, or none", _check_prompt, optional=True), "asked of the VLM; `none` takes the built-in one"
@@ -155,7 +154,7 @@ class ControlConfig:
 
     enabled: bool = flag(True, "serve the control socket")
     socket_path: Path | None = setting(  # noqa: RUF009
-        None, Place(), "its file; `none` takes one in the user's runtime folder, named after the card"
+        None, Place(), "its file; `none` takes one in the user's runtime folder, named after the process"
     )
     max_clients: int = count(64, 1, 4096, "served at once; more are told to come again")
 

@@ -302,7 +302,7 @@ class Steps:
         holders = self._observer.look_at_holders().foreign_holders
         held = f" Held by {', '.join(holders)}." if holders else ""
         raise errors.InsufficientVRAM(
-            detail=f"the load failed, and for another try {free_mib:.0f} MiB are free of {needed:.0f} MiB and "
+            detail=f"the load did not succeed, and for another try {free_mib:.0f} MiB are free of {needed:.0f} MiB and "
             f"{self._config.reserve_mib:g} MiB in reserve",
             remedy=f"Close a program that uses the GPU.{held}",
             needed_mib=needed,
@@ -334,6 +334,9 @@ class Steps:
         loaded = self._probe.read(self._config.observe_timeout_s)
         self._take_out(loaded, model)
         if self._config.on_partial_offload == "reload":
+            free_mib = self._probe.read(self._config.observe_timeout_s).free_mib
+            if free_mib is not None:
+                self._require_room(free_mib)
             model = self._load_once(loaded, deadline, interrupt)
             if self._on_the_card(s, model):
                 return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pathlib
 import re
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ for _name in [name for name in os.environ if name.startswith("GPU_FSM_") or name
 # Two runs on one machine have fake cards of the same UUID, and nothing of theirs belongs in the user's own folder.
 _runtime = tempfile.TemporaryDirectory(prefix="gpu_fsm-tests-")
 os.environ["XDG_RUNTIME_DIR"] = _runtime.name
+os.environ["XDG_CONFIG_HOME"] = os.environ["XDG_CONFIG_DIRS"] = str(pathlib.Path(_runtime.name, "no-settings"))
 
 _NEEDED = ("torch", "sentence_transformers")
 _PROPERTY = re.compile(r"\btest_property_(0[1-9]|1[0-3])_|\btest_(invariant|s\d+|l\d+)_", re.IGNORECASE)
@@ -37,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("live", "tests against a real Ollama (-m live)")
     group.addoption("--ollama", metavar="URL", help="the server's address")
     group.addoption("--model", metavar="NAME", help="a model that it has, small enough to load a dozen times")
+    parser.addoption("--kill-seed", metavar="N", default=20, help="where test_run_kill.py kills the agent")
 
 
 def pytest_configure(config: pytest.Config) -> None:

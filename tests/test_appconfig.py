@@ -283,7 +283,7 @@ def test_text_becomes_a_value(home: Home, name: str, text: str, held: object) ->
         ("agent.labels", "[1]"),
         ("agent.accept", "high"),
         ("agent.accept", "0_9"),
-        ("agent.batch_size", "0"),
+        ("agent.largest_side_px", "0"),
         ("agent.prompt", " "),
         ("agent.index_path", "a\nb"),
         ("agent.index_path", ""),

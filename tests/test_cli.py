@@ -162,6 +162,7 @@ class Stage(types.ModuleType):
 def _stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     stage = Stage()
     monkeypatch.setitem(sys.modules, "gpu_fsm.demo", stage)
+    monkeypatch.setitem(sys.modules, "gpu_fsm.cli.running", stage)
     return stage
 
 
@@ -205,8 +206,8 @@ def test_the_simulated_demo_does_not_care_where_the_real_ollama_is(
     assert stage.given["real_ollama"] is False
     assert main(["run", "--screens", "."]) == ExitCode.USAGE
     assert main(["run", "--screens", ".", "--allow-remote", "--mode", "Recording"]) == ExitCode.FINE
-    assert stage.given["config"].ollama_url == "http://example.com:11434"
-    assert stage.given["mode"] is ExecutionMode.RECORDING
+    assert stage.given["config"].gpu.ollama_url == "http://example.com:11434"
+    assert stage.given["modes"] == (ExecutionMode.RECORDING,)
 
 
 def test_a_control_character_from_outside_never_reaches_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,10 +7,12 @@ all of it together left anything out is asked in `test_stories_coverage.py`.
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from gpu_fsm.testing.stateful import GPUStateMachine
+from tests.counts import say
 
 RULES_IN_CI = 30_000
 """Executed rules that a run must reach."""
@@ -19,7 +21,7 @@ THOROUGH = 20
 BRIEF = 0.1
 
 
-def test_invariants_hold_in_any_story() -> None:
+def test_invariants_hold_in_any_story(request: pytest.FixtureRequest) -> None:
     """No story breaks a promise, in at least `RULES_IN_CI` executed rules."""
     profile = settings.get_current_profile_name()
     wanted = int(RULES_IN_CI * {"thorough": THOROUGH, "brief": BRIEF}.get(profile, 1))
@@ -33,7 +35,7 @@ def test_invariants_hold_in_any_story() -> None:
         run_state_machine_as_test(
             machine,
             settings=settings(
-                max_examples=min(BATCH, wanted // 25),
+                max_examples=min(BATCH, (wanted - executed) // 25 + 1),
                 stateful_step_count=30,
                 suppress_health_check=list(HealthCheck),
                 phases=[Phase.generate, Phase.shrink],
@@ -42,4 +44,4 @@ def test_invariants_hold_in_any_story() -> None:
         )
         executed += sum(GPUStateMachine.executed.values()) - before
         assert executed > 0
-    print(f"{executed} rules executed in {batch} batches")
+    say(request.config, f"random stories: {executed} rules executed in {batch} batches, 0 violations")

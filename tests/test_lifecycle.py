@@ -503,7 +503,7 @@ def test_the_exit_handler_starts_no_thread(host: str) -> None:
             "manager = GPUResourceManager(config)\n"
             "assert manager.set_execution_mode('recording', timeout_s=30).granted\n"
             "def refuse(thread):\n"
-            "    raise RuntimeError(\"can't create new thread at interpreter shutdown\")\n"
+            '    raise RuntimeError("can\'t create new thread at interpreter shutdown")\n'
             "atexit.register(setattr, threading.Thread, 'start', refuse)\n"
         )
         assert ollama.counts["loads"] == 1

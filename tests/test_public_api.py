@@ -25,7 +25,10 @@ MANAGER = {
     "clip_host: 'CLIPHost | None' = None, vram_probe: 'VRAMProbe | None' = None, clock: 'Clock | None' = None, "
     "threaded: 'bool' = True) -> 'None'",
     "aio": "property",
+    "async_httpx_transport": "(self, *, holder: 'str' = '', other_models: 'OtherModels' = 'pass', "
+    "timeout_s: 'float | None' = None) -> 'AsyncVLMTransport'",
     "clip": "(self, *, holder: 'str' = '', timeout_s: 'float | None' = None) -> 'Iterator[CLIP]'",
+    "config": "property",
     "close": "(self, *, timeout_s: 'float | None' = None) -> 'tuple[str, ...]'",
     "drive_for": "(self, seconds: 'float') -> 'None'",
     "ensure_vlm_loaded": "(self, *, timeout_s: 'float | None' = None) -> 'None'",
@@ -33,9 +36,16 @@ MANAGER = {
     "explain": "(self, mode: 'ExecutionMode | str') -> 'str'",
     "get_clip_device": "(self) -> 'str'",
     "get_status": "(self) -> 'GPUResourceStatus'",
+    "httpx_transport": "(self, *, holder: 'str' = '', other_models: 'OtherModels' = 'pass', "
+    "timeout_s: 'float | None' = None) -> 'VLMTransport'",
     "journal": "property",
     "migrate_clip_to_cpu": "(self, *, timeout_s: 'float | None' = None) -> 'None'",
     "migrate_clip_to_gpu": "(self, *, timeout_s: 'float | None' = None) -> 'None'",
+    "needs_clip": "(self, function: 'Any' = None, /, *, holder: 'str' = '', timeout_s: 'float | None' = None) -> 'Any'",
+    "needs_vlm": "(self, function: 'Any' = None, /, *, holder: 'str' = '', timeout_s: 'float | None' = None) -> 'Any'",
+    "reconfigure": "(self, config: 'GPUResourceConfig | None' = None, /, **settings: 'Any') -> 'dict[str, Any]'",
+    "requests_session": "(self, *, holder: 'str' = '', other_models: 'OtherModels' = 'pass', "
+    "timeout_s: 'float | None' = None) -> 'DoorSession'",
     "set_execution_mode": "(self, mode: 'ExecutionMode | str', *, preempt: 'bool' = False, "
     "timeout_s: 'float | None' = None) -> 'Outcome'",
     "shared": "(config: 'GPUResourceConfig | None' = None, **ports: 'Any') -> 'GPUResourceManager'",

@@ -352,17 +352,14 @@ ABOUT = {"format": "gpu_fsm screen memory", "version": 1, "labels": ["a"], "dige
         pytest.param(
             b"\x93NUMPY\x01\x00\x10\x00{'descr': __import__('os')}",
             id="S08-index-with-a-program-in-its-head",
-            marks=pytest.mark.xfail(strict=True, reason="tokenize.TokenError comes out instead of ScreenMemoryError"),
         ),
         pytest.param(
             b"cos\nsystem\n(S'exit 7'\ntR.",
             id="S08-index-that-is-a-pickle",
-            marks=pytest.mark.xfail(strict=True, reason="AttributeError comes out instead of ScreenMemoryError"),
         ),
         pytest.param(
             npy((1, 1 << 42)),
             id="S08-index-that-claims-terabytes",
-            marks=pytest.mark.xfail(strict=True, reason="MemoryError comes out instead of ScreenMemoryError"),
         ),
     ],
 )

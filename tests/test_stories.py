@@ -818,6 +818,24 @@ def test_a_load_is_not_tried_again_on_a_card_that_is_full() -> None:
     assert [entry.op for entry in world.ollama.log].count("ollama.load") == 1
 
 
+def test_a_partial_load_is_not_repeated_on_a_card_that_is_full() -> None:
+    """A neighbour took its room meanwhile: one load, and the refusal names who holds what."""
+    world = SimulatedWorld(card_mib=6400.0)
+    manager = inline_manager(world)
+
+    def neighbour(op: str, phase: str) -> None:
+        if (op, phase) == ("ollama.load", "before") and "game" not in world.card.owners():
+            world.card.take("game", 2000.0)
+
+    world.on_io.append(neighbour)
+    outcome = manager.set_execution_mode("recording")
+    assert outcome.reason is not None
+    assert outcome.reason.code == "vram_insufficient"
+    assert "game" in outcome.reason.remedy
+    assert [entry.op for entry in world.ollama.log].count("ollama.load") == 1
+    assert not world.vlm_resident()
+
+
 def test_a_manager_that_waits_to_close_fetches_nothing_back() -> None:
     """The VLM goes under a lease that the close waits for: it stays out."""
     world = SimulatedWorld(vlm_load_s=20.0)

@@ -9,13 +9,15 @@ import pytest
 
 from gpu_fsm.guards import PREDICATES
 from gpu_fsm.states import TABLE
+from gpu_fsm.status import State
 from gpu_fsm.testing.stateful import FAULTS, RULES, GPUStateMachine
+from tests.counts import say
 
 TELLERS = ["tests/test_faults.py", "tests/test_invariants.py", "tests/test_stories.py"]
 
 
-def test_invariants_were_tried_on_every_rule_row_guard_and_fault() -> None:
-    """Every rule and row at least once, every fault fired, every guard both ways."""
+def test_invariants_were_tried_on_every_rule_row_guard_and_fault(request: pytest.FixtureRequest) -> None:
+    """Every rule, state and row at least once, every fault fired, every guard both ways."""
     if not GPUStateMachine.executed:
         # Run alone: tell the stories first, in a process that counts from zero.
         command = [sys.executable, "-m", "pytest", "-q", *TELLERS, __file__]
@@ -23,6 +25,7 @@ def test_invariants_were_tried_on_every_rule_row_guard_and_fault() -> None:
         return
     missing = {
         "rules": [rule for rule in RULES if not GPUStateMachine.executed[rule]],
+        "states": [state.name for state in State if state not in GPUStateMachine.states],
         "rows": [row.name for row in TABLE if not GPUStateMachine.rows[row.name]],
         "faults": [fault for fault in FAULTS if not GPUStateMachine.fired[fault]],
         "guards": [
@@ -32,9 +35,9 @@ def test_invariants_were_tried_on_every_rule_row_guard_and_fault() -> None:
             if (guard, verdict) not in GPUStateMachine.verdicts
         ],
     }
-    print(
-        f"{sum(GPUStateMachine.executed.values())} rules executed, {len(TABLE)} rows, {len(FAULTS)} faults, "
-        f"{2 * len(PREDICATES)} guard outcomes"
-    )
+    totals = {"rules": len(RULES), "states": len(State), "rows": len(TABLE), "faults": len(FAULTS)}
+    totals |= {"guards": 2 * len(PREDICATES)}
+    covered = ", ".join(f"{total - len(missing[what])}/{total} {what}" for what, total in totals.items())
+    say(request.config, f"all stories: {sum(GPUStateMachine.executed.values())} rules executed; {covered} (both ways)")
 
     assert not any(missing.values()), pytest.fail(f"never taken: {missing}")

@@ -9,7 +9,6 @@ import os
 import tempfile
 import threading
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -442,11 +441,13 @@ def _read(path: Path, asked: Vector | None) -> _Stored:
                     raise refuse("is not a screen memory")
                 vectors, probe = stored["vectors"], stored["probe"]
                 texts = stored["texts"] if version > 1 else np.zeros((0, 0), np.float32)
+                if not all(isinstance(array, np.ndarray) for array in (vectors, probe, texts)):
+                    raise refuse("is damaged")
     except ScreenMemoryError:
         raise
     except OSError as error:
         raise refuse(f"cannot be read: {one_line(error.strerror or error)}") from error
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError, RecursionError, zlib.error) as bad:
+    except Exception as bad:  # whatever the reader trips over in bytes that anybody may have written
         raise refuse("is not a whole screen memory") from bad
     labels: Any = about.get("labels")
     digests: Any = about.get("digests")

@@ -7,6 +7,7 @@ taken for a broken port, and raised by `check`.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from gpu_fsm.manager import GPUResourceManager
 from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.states import STABLE, STANDING, STEPS, TABLE
 from gpu_fsm.status import ExecutionMode, State
+from gpu_fsm.tickets import Group, Ticket
 
 EFFECTS = frozenset({"ollama.load", "ollama.unload", "clip.to_gpu", "clip.to_cpu"})
 """The calls that change what is on the card."""
@@ -29,32 +31,72 @@ MOST_TRANSITIONS = 7
 
 
 class Oracle:
-    """Attach one to a manager with an inline driver and its world, before the first request."""
+    """Watches one manager in its world, from now on; attach it before the first request.
+
+    It sees every request that is posted and every I/O call.  `violations` holds what was broken so far, in words.
+    """
 
     def __init__(self, manager: GPUResourceManager, world: SimulatedWorld) -> None:
         self.manager, self.world = manager, world
         self.violations: list[str] = []
         self.calls: Counter[str] = Counter()
         self.rows_taken: Counter[str] = Counter()
+        self.states_seen: set[State] = {manager.get_status().state}
         self.verdicts_seen: set[tuple[str, bool]] = set()
         self.futures: list[Future[Any]] = []
         self.inputs = 0
-        """Requests and wishes for the VLM that were posted: what loads are counted against."""
+        """Requests and wishes for the VLM that were posted: what loads are counted against.  Tests may add to it."""
         self.nothing_to_acquire_for = False
         """A preempting request for IDLE was the last word: nothing may be acquired any more."""
         self._running: list[str] = []
-        self._records = 0
+        journal = manager.journal
+        self._records = journal[0].n - 1 if journal else 0
         self._moved = 0
         self._loads_before = self._loads_logged()
+        self._seen_free_mib = world.card.free_mib
+        self._seen_resident = world.vlm_resident()
         world.on_io.append(self.on_io)
         manager.subscribe(self._entered, StateChanged)
+        self._watch_posts()
 
-    # --- what the tests tell it ---
+    @classmethod
+    def of(cls, manager: GPUResourceManager, world: SimulatedWorld) -> Oracle:
+        """The one that watches this manager in this world; a new one if there is none yet."""
+        for hook in world.on_io:
+            oracle = getattr(hook, "__self__", None)
+            if isinstance(oracle, Oracle) and oracle.manager is manager:
+                return oracle
+        return cls(manager, world)
+
+    def leave(self) -> None:
+        """Watch no longer."""
+        self.world.on_io.remove(self.on_io)
+
+    # --- what is asked ---
 
     def expect(self, future: Future[Any], *, wants_vlm: bool = False) -> None:
-        """A ticket that must be answered, once."""
-        self.futures.append(future)
-        self.inputs += wants_vlm
+        """Have this future answered, once.  Those of posted requests are known already."""
+        if future not in self.futures:
+            self.futures.append(future)
+            self.inputs += wants_vlm
+
+    def _watch_posts(self) -> None:
+        mailbox = self.manager._driver.mailbox
+        post = mailbox.post
+
+        def watched(ticket: Ticket) -> Group:
+            self._posted(ticket)
+            return post(ticket)
+
+        mailbox.post = watched  # type: ignore[method-assign]  # the one place that every request passes
+
+    def _posted(self, ticket: Ticket) -> None:
+        self.futures.append(ticket.future)
+        self.inputs += ticket.wants_vlm
+        if ticket.preempt and ticket.mode in (None, ExecutionMode.IDLE):  # None: a close
+            self.nothing_to_acquire_for = True
+        elif ticket.mode is not ExecutionMode.IDLE and ticket.kind != "vlm_unwanted":
+            self.nothing_to_acquire_for = False
 
     @property
     def engine(self) -> Any:
@@ -67,13 +109,25 @@ class Oracle:
         """Look at everything that must hold at any moment."""
         self.calls[op] += phase == "before"
         status = self.manager.get_status()
-        if status.state is not self.engine.state:
+        # A user's own call may fall between the machine's move and its word of it; the driver's calls may not.
+        driving = self.manager._driver._driving == threading.get_ident()
+        if driving and status.state is not self.engine.state:
             self._broken(
                 "S11", f"{op}: the status says {status.state.name}, the machine is in {self.engine.state.name}"
             )
+        if "mixed" in (self.manager.get_clip_device(), status.clip_device):
+            self._broken("12", f"{op}: CLIP is said to be on two devices")
+        if phase == "after":
+            # What the manager could see; the world may change between this and what it does about it.
+            if op == "probe.read":
+                self._seen_free_mib = self.world.card.free_mib
+            elif op == "ollama.ps":
+                self._seen_resident = self.world.vlm_resident()
         if op in EFFECTS:
             if phase == "before":
                 self._begin(op, status.leases)
+            elif phase == "during" and op.startswith("clip.to"):
+                self._weight_moved(op, status.leases)
             elif phase == "after" and op in self._running:
                 self._running.remove(op)
         if self.world.card.used_mib > self.world.card.total_mib:
@@ -95,6 +149,13 @@ class Oracle:
                 self._broken("S6", f"{op} after a preempting request for IDLE")
             self._room(op)
 
+    def _weight_moved(self, op: str, leases: Iterable[Any]) -> None:
+        """Some weights are here, others there: nobody may be using CLIP."""
+        if self.world.clip.encoding:
+            self._broken("S10", f"{op} during an encode")
+        if any(lease.model == "clip" and not lease.lost for lease in leases):
+            self._broken("S10", f"a CLIP lease was given in the middle of {op}")
+
     @property
     def _closing(self) -> bool:
         return self.manager._driver.mailbox.closed
@@ -112,8 +173,9 @@ class Oracle:
         need = world.vlm.size_mib if op == "ollama.load" else world.clip.needed_mib
         if op == "ollama.load" and (world.vlm_held_mib() or self._retrying()):
             return
-        if card.free_mib < need:
-            self._broken("S5", f"{op} needs {need:.0f} MiB, {card.free_mib:.0f} were free")
+        free_mib = max(card.free_mib, self._seen_free_mib)
+        if free_mib < need:
+            self._broken("S5", f"{op} needs {need:.0f} MiB, {free_mib:.0f} were free")
 
     def _retrying(self) -> bool:
         return bool(self.world.faults.fired)
@@ -127,34 +189,44 @@ class Oracle:
         plan = self.engine._standing.plan
         if plan.clip is not None and plan.clip != self.world.clip.place:
             self._broken("S3", f"{event.new.name} entered with CLIP on the {self.world.clip.place}")
-        if plan.vlm is not None and plan.vlm is not self.world.vlm_resident():
+        if plan.vlm is not None and plan.vlm not in (self.world.vlm_resident(), self._seen_resident):
             self._broken("S3", f"{event.new.name} entered with the VLM {'in' if not plan.vlm else 'out'}")
 
     def hearsay(self) -> bool:
-        """Ollama lies, also by listing a dead runner, or others are at work: what was seen need not be so any more."""
+        """Ollama lies, also by listing a dead runner, or others are at work: what was seen need not be so any more.
+
+        Where renewals were lost, Ollama's own timer may end the VLM between a look and what follows from it.
+        """
         fired = self.world.faults.fired
-        lies = ("ollama.ps", "silent") in fired or any(kind == "runner_dies" for _, kind in fired)
+        lies = ("ollama.ps", "silent") in fired
+        lies = lies or any(kind == "runner_dies" or op == "ollama.renew" for op, kind in fired)
         return lies or any(entry.client != "us" for entry in self.world.ollama.log)
 
     # --- after every step of a story ---
 
     def check(self) -> None:
-        """Raise AssertionError with every broken promise; called when no input is pending."""
+        """Raise AssertionError with every broken promise so far."""
         self._journal()
         status = self.manager.get_status()
-        if not len(self.manager._driver.mailbox) and status.state not in STABLE:
-            self._broken("S2", f"the mailbox is empty and the state is {status.state.name}")
         if status.state is State.DEGRADED:
             self._safe(status)
-        waiting = {ticket.future for ticket in self.engine.waiting}
-        for future in self.futures:
-            if not future.done() and future not in waiting:
-                self._broken("S7", "a ticket has no answer")
+        if self.manager._driver._driving is None:  # else something is under way, and will be answered
+            self._at_rest(status)
         self.futures = [future for future in self.futures if not future.done()]
         for violation in self.world.clip.violations:
             self._broken("S10", violation)
         self._loads()
-        assert not self.violations, "\n".join(self.violations)
+        if self.violations:
+            raise AssertionError("\n".join(self.violations))
+
+    def _at_rest(self, status: Any) -> None:
+        mailbox = self.manager._driver.mailbox
+        if not len(mailbox) and status.state not in STABLE:
+            self._broken("S2", f"the mailbox is empty and the state is {status.state.name}")
+        queued = {ticket.future for ticket in (*mailbox._queue, *self.engine.waiting)}
+        for future in self.futures:
+            if not future.done() and future not in queued:
+                self._broken("S7", "a ticket has no answer")
 
     def _safe(self, status: Any) -> None:
         if status.reason is None:
@@ -178,11 +250,14 @@ class Oracle:
     def _journal(self) -> None:
         journal = self.manager.journal
         fresh = [record for record in journal if record.n > self._records]
+        if fresh and fresh[0] is journal[0] and len(journal) == self.manager.config.journal_size:
+            self._records = fresh[0].n - 1  # what came before has been forgotten, as the settings say
         for record in fresh:
             if record.n != self._records + 1:
                 self._broken("S8", f"the journal jumps from {self._records} to {record.n}")
             self._records = record.n
             self.rows_taken[record.row] += 1
+            self.states_seen |= {record.source, record.dest}
             self.verdicts_seen |= {(name, verdict) for name, verdict in record.verdicts.items()}
             self._record(record)
 

@@ -9,16 +9,19 @@ import re
 from pathlib import Path
 
 from gpu_fsm import diagrams
+from gpu_fsm.appconfig import app_settings_table
 from gpu_fsm.cli import EXIT_CODES
-from gpu_fsm.settings import settings_table
 from gpu_fsm.states import PROMISES
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def _settings() -> str:
-    lines = ["| setting | default | must be | what for |", "|---|---|---|---|"]
-    lines += [f"| `{s.name}` | `{s.default}` | {s.bound} | {s.about} |" for s in settings_table()]
+    lines = ["| setting | default | must be | what for | live |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{s.name}` | `{s.default}` | {s.bound} | {s.about} | {'yes' if s.live else ''} |"
+        for s in app_settings_table()
+    ]
     return "\n".join(lines)
 
 

@@ -1,0 +1,264 @@
+"""The kit for embedders: a world in one line, the fixture, the strategies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpu_fsm import errors, testing
+from gpu_fsm.simulation import SimulatedWorld
+from gpu_fsm.status import ExecutionMode
+from gpu_fsm.testing import assert_invariants, simulated_world, strategies
+from gpu_fsm.testing.oracle import Oracle
+from gpu_fsm.testing.simulated import MANAGER_SETTINGS, WORLD_OPTIONS, Simulation, inline_manager
+from tests.waiting import ROOT, run_python
+
+
+def test_a_world_in_one_line_has_a_card_an_ollama_a_clip_and_a_clock() -> None:
+    """A real manager in it, virtual time, and everything given back at the end."""
+    with simulated_world(card_mib=6400.0, idle_timeout_s=60.0) as sim:
+        assert sim.manager.set_execution_mode("recording").granted
+        assert sim.generate() == "ok"
+        assert sim.world.vlm_resident()
+        assert sim.card.total_mib == 6400.0
+        sim.drive_for(120.0)
+        assert not sim.world.vlm_resident()
+        assert sim.encode("a", "b").shape[0] == 2
+        assert sim.clock.monotonic() > 120.0
+    assert sim.manager.get_status().closed
+    assert sim.clip.place == "cpu"
+
+
+def test_a_thread_of_its_own_drives_a_world_that_is_asked_for_that() -> None:
+    """Then a wait is a real wait, and only loads and sleeps move the clock."""
+    with simulated_world(threaded=True) as sim:
+        assert sim.manager.set_execution_mode("recording", timeout_s=30.0).granted
+        assert sim.world.vlm_resident()
+
+
+def test_no_setting_of_the_manager_has_the_name_of_one_of_the_world() -> None:
+    """They share one list of keywords."""
+    assert not WORLD_OPTIONS & MANAGER_SETTINGS
+
+
+@pytest.mark.parametrize(("name", "said"), [("idle_timout_s", "idle_timeout_s"), ("zzz", "card_mib")])
+def test_an_unknown_setting_is_named_with_what_was_meant(name: str, said: str) -> None:
+    """Both lists are searched."""
+    with pytest.raises(errors.BadArgument, match=said), simulated_world(**{name: 1}):
+        pass
+
+
+def break_a_promise(world: SimulatedWorld) -> None:
+    """Take CLIP up behind the manager's back, in the middle of nothing: an effect in a stable state."""
+    world.clip.to_gpu()
+
+
+def test_a_broken_promise_is_an_error_at_the_end_of_the_block() -> None:
+    """Nobody has to ask."""
+    with pytest.raises(AssertionError, match="S11"), simulated_world() as sim:
+        break_a_promise(sim.world)
+
+
+def test_the_error_of_the_block_is_not_replaced_by_one_of_ours() -> None:
+    """It comes first."""
+    with pytest.raises(KeyError), simulated_world() as sim:
+        break_a_promise(sim.world)
+        raise KeyError
+
+
+def test_any_manager_in_any_world_can_be_judged() -> None:
+    """The first call begins the watching; a broken promise is named with rule and time."""
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    assert_invariants(manager, world)
+    manager.set_execution_mode("autopilot")
+    assert_invariants(manager, world)
+    world.clip.to_cpu()
+    with pytest.raises(AssertionError, match=r"S11: clip.to_cpu .* \(at .* s"):
+        assert_invariants(manager, world)
+    manager.close()
+
+
+def test_requests_that_still_wait_are_no_broken_promise() -> None:
+    """Posted and not yet driven, or waiting for a lease; one that got lost is."""
+    with simulated_world() as sim:
+        sim.manager.set_execution_mode("autopilot")
+        future = sim.manager.submit_execution_mode("recording")
+        sim.check()
+        sim.manager._driver.mailbox._queue.clear()
+        with pytest.raises(AssertionError, match="S7"):
+            sim.check()
+        assert future.cancel()
+        sim.oracle.violations.clear()
+
+
+def test_a_journal_that_forgets_is_not_a_journal_with_gaps() -> None:
+    """Its size is a setting; what is still there is judged."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, journal_size=5)
+    oracle = Oracle.of(manager, world)
+    manager.drive_for(600.0)
+    oracle.check()
+    assert oracle is Oracle.of(manager, world)
+    manager.close()
+
+
+def test_clip_moves_weight_by_weight_and_somebody_looks_after_each() -> None:
+    """Nobody is told "mixed", and an encode in the middle of a move is seen."""
+    with simulated_world() as sim:
+        seen: list[tuple[str, str]] = []
+        sim.world.on_io.append(lambda op, phase: seen.append((sim.clip.device, sim.manager.get_clip_device())))
+        sim.manager.migrate_clip_to_gpu()
+        assert ("mixed", "cpu") in seen
+        assert "mixed" not in {told for _, told in seen}
+        sim.clip._encoding += 1
+        sim.manager.migrate_clip_to_cpu()
+        sim.clip._encoding -= 1
+        with pytest.raises(AssertionError, match=r"S10: clip.to_cpu during an encode"):
+            sim.check()
+        sim.oracle.violations.clear()
+        sim.clip.violations.clear()
+
+
+# --- imports ---
+
+
+def test_the_world_needs_nothing_but_the_package() -> None:
+    """Neither Hypothesis nor pytest; `GPUStateMachine` says what to install."""
+    run_python(
+        "import sys\n"
+        "sys.modules['hypothesis'] = sys.modules['pytest'] = None\n"
+        "from gpu_fsm.testing import simulated_world\n"
+        "with simulated_world() as sim: sim.manager.set_execution_mode('recording')\n"
+        "import gpu_fsm.testing\n"
+        "try: gpu_fsm.testing.GPUStateMachine\n"
+        "except ModuleNotFoundError as error: assert 'gpu-fsm[testing]' in str(error)\n"
+        "else: raise SystemExit('imported')\n"
+    )
+
+
+def test_every_public_name_is_there_and_no_other() -> None:
+    """They are imported late, so a wrong one would be found late."""
+    for name in testing.__all__:
+        assert getattr(testing, name).__doc__
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = testing.nothing_of_the_kind
+
+
+# --- the fixture ---
+
+TESTS = """
+def test_one_line(simulated_world):
+    sim = simulated_world(idle_timeout_s=5.0)
+    assert sim.manager.set_execution_mode("recording").granted
+
+def test_two_worlds(simulated_world):
+    assert simulated_world().clock is not simulated_world(gpu=False).clock
+
+def test_a_broken_promise(simulated_world):
+    simulated_world().clip.to_gpu()
+"""
+
+
+def plugin_options() -> list[str]:
+    """Nothing where the package is installed with its entry point; else the plugin by name."""
+    installed = any(point.value == "gpu_fsm.testing.plugin" for point in entry_points(group="pytest11"))
+    return [] if installed else ["-p", "gpu_fsm.testing.plugin"]
+
+
+def test_the_fixture_gives_worlds_and_judges_them(tmp_path: Path) -> None:
+    """In a project of somebody else, without a line of configuration."""
+    (tmp_path / "test_it.py").write_text(TESTS, encoding="utf-8")
+    command = [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugin_options()]
+    done = subprocess.run(
+        [*command, str(tmp_path)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "3 passed, 1 error" in done.stdout, done.stdout + done.stderr
+    assert "ERROR at teardown of test_a_broken_promise" in done.stdout
+    assert "S11: clip.to_gpu" in done.stdout
+
+
+def test_the_plugin_costs_nothing_until_a_test_asks_for_it() -> None:
+    """Importing it imports no part of the kit's machinery, no simulation and no library that the package does not."""
+    run_python(
+        "import sys, pytest, gpu_fsm\n"
+        "before = set(sys.modules)\n"
+        "import gpu_fsm.testing.plugin\n"
+        "new = {n for n in set(sys.modules) - before if n.partition('.')[0] not in sys.stdlib_module_names}\n"
+        "assert new <= {'gpu_fsm.testing', *(f'gpu_fsm.testing.{n}' for n in ('plugin', 'lint', 'explore'))}, new\n"
+    )
+
+
+# --- the strategies ---
+
+
+@settings(max_examples=60)
+@given(story=strategies.stories(max_steps=12), about=strategies.settings(), machine=strategies.worlds())
+def test_no_story_in_no_world_breaks_a_promise(
+    story: strategies.Story, about: dict[str, object], machine: dict[str, object]
+) -> None:
+    """Stories, settings and machines as an embedder draws them."""
+    with simulated_world(**about, **machine) as sim:
+        for _ in story.told(sim):
+            sim.check()
+
+
+@settings(max_examples=40)
+@given(placement=strategies.placements(), mode=strategies.modes())
+def test_every_mode_is_reached_from_every_placement_or_there_is_a_reason(
+    placement: strategies.Placement, mode: str
+) -> None:
+    """Whatever was there before us."""
+    with simulated_world() as sim:
+        placement.arrange(sim)
+        outcome = sim.manager.set_execution_mode(mode)
+        assert outcome.granted or outcome.reason is not None
+        assert sim.manager.get_status().asked_mode is ExecutionMode[mode.upper()]
+
+
+@settings(max_examples=80)
+@given(
+    answer=strategies.server_answers(),
+    op=st.sampled_from(("ollama.load", "ollama.unload", "ollama.ps", "ollama.tags", "ollama.generate")),
+)
+def test_no_answer_of_a_server_is_more_than_an_error_that_was_promised(
+    answer: strategies.ServerAnswer, op: str
+) -> None:
+    """Plausible or absurd: typed errors, kept promises, and all is well when it answers properly again."""
+    with simulated_world() as sim:
+        answer.arm(sim, op, times=3)
+        for call in (
+            lambda: sim.manager.set_execution_mode("recording"),
+            sim.generate,
+            sim.manager.ensure_vlm_unloaded,
+        ):
+            try:
+                call()
+            except errors.GPUFSMError as error:
+                assert not isinstance(error, errors.InternalError), error
+        sim.faults.heal()
+        sim.drive_for(sim.manager.config.recover_cap_s + sim.world.vlm.load_s + 5.0)
+
+
+@settings(max_examples=5)
+@given(story=strategies.stories(min_steps=5))
+def test_a_story_is_a_program(story: strategies.Story) -> None:
+    """What it prints does the same, call by call."""
+    with simulated_world() as sim:
+        story.tell(sim)
+    told = [(record.at, record.row) for record in sim.manager.journal]
+    worlds: list[Simulation] = []
+    program = str(story).replace("as sim:", "as sim:\n    worlds.append(sim)")
+    exec(program, {"worlds": worlds})
+    assert told == [(record.at, record.row) for record in worlds[0].manager.journal]
