@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -28,6 +29,10 @@ for _name in [name for name in os.environ if name.startswith("GPU_FSM_") or name
 _runtime = tempfile.TemporaryDirectory(prefix="gpu_fsm-tests-")
 os.environ["XDG_RUNTIME_DIR"] = _runtime.name
 os.environ["XDG_CONFIG_HOME"] = os.environ["XDG_CONFIG_DIRS"] = str(pathlib.Path(_runtime.name, "no-settings"))
+
+# A suite that a shell put into the background ignores Ctrl-C, and so would every child; tests send some.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _NEEDED = ("torch", "sentence_transformers")
 _PROPERTY = re.compile(r"\btest_property_(0[1-9]|1[0-3])_|\btest_(invariant|s\d+|l\d+)_", re.IGNORECASE)
