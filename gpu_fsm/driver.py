@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import attrs
+from attrs import define
 
 from gpu_fsm import errors
 from gpu_fsm.cardlock import CardLock
@@ -39,6 +40,17 @@ DEFECT_PAUSE_S = 0.1
 """After an exception that nothing expected: not to spin, and still to answer."""
 
 Listener = Callable[[Event], None]
+
+
+@define(eq=False)
+class Loan:
+    """Room on the card that is kept for a program that is not ours."""
+
+    holder: str
+    mode: ExecutionMode
+    """The last one that was asked for before."""
+    requests: int = 0
+    """For a mode, since then: the borrower's way to make room, or somebody who has moved on."""
 
 
 class Driver:
@@ -72,6 +84,8 @@ class Driver:
         self._reports: list[errors.GPUFSMError] = []
         self._post_lock = threading.Lock()
         self._closing: Ticket | None = None
+        self._loans: tuple[Loan, ...] = ()
+        self._newest_request: Ticket | None = None
         self._new_config: GPUResourceConfig | None = None
         self.closed = False
         self._drive_lock = threading.Lock()
@@ -107,7 +121,7 @@ class Driver:
         preempt: bool = False,
         lease_for: str | None = None,
     ) -> Ticket:
-        """Put a request into the mailbox.  Raises `CardHeld` where another manager acts on the card."""
+        """Put a request into the mailbox.  Raises `CardHeld` where another manager acts on the card, or it is lent."""
         self.check_usable()
         # The one place for it: without a ticket a manager in IDLE takes, moves and unloads nothing.
         if self.card_lock is not None and kind != "close":
@@ -124,8 +138,41 @@ class Driver:
         self._enqueue(ticket)
         return ticket
 
+    @contextlib.contextmanager
+    def lend(self, holder: str) -> Iterator[Loan]:
+        """Let nobody take room on the card while the block runs; what is there stays."""
+        self.check_usable()
+        with self._post_lock:
+            newest = self._newest_request
+            on_its_way = None if newest is None or newest.future.done() else newest.mode
+            mode = self.engine.asked_mode if on_its_way is None else on_its_way
+            loan = Loan(holder, self._loans[0].mode if self._loans else mode)
+            self._loans = (*self._loans, loan)
+        try:
+            yield loan
+        finally:
+            with self._post_lock:
+                self._loans = tuple(other for other in self._loans if other is not loan)
+
+    def _respect_loans(self, ticket: Ticket) -> None:
+        """Under the lock."""
+        idle = ticket.mode is ExecutionMode.IDLE
+        takes_room = ticket.wants_vlm or ticket.place == "gpu" or (ticket.kind == "request" and not idle)
+        if self._loans and takes_room:
+            names = ", ".join(loan.holder for loan in self._loans)
+            raise errors.CardHeld(
+                detail=f"the card is lent to {names}", remedy="Ask again when it has been given back.", name=names
+            )
+        if ticket.kind == "request":
+            self._newest_request = ticket
+            for loan in self._loans:
+                loan.requests += 1
+
     def _enqueue(self, ticket: Ticket) -> None:
-        for displaced in self.mailbox.post(ticket):
+        with self._post_lock:  # between looking at the loans and posting no new one may come
+            self._respect_loans(ticket)
+            displaced_by_it = self.mailbox.post(ticket)
+        for displaced in displaced_by_it:  # under no lock: it runs their callbacks
             displaced.refuse(errors.displaced_by("close" if self.mailbox.closed else ticket.kind))
         if ticket.preempt:
             self.engine.interrupt(ticket)
@@ -254,10 +301,10 @@ class Driver:
     @contextlib.contextmanager
     def _drive(self) -> Iterator[None]:
         with self._drive_lock:
-            self._driving = threading.get_ident()
             try:
+                self._driving = threading.get_ident()
                 if self.engine.torn:
-                    self.engine.repair()  # the last drive was cut off by a KeyboardInterrupt
+                    self.engine.resume()  # the last drive was cut off by a KeyboardInterrupt
                     self._after()
                 yield
             finally:
@@ -286,6 +333,8 @@ class Driver:
             engine.deliver(engine.waiting)
             return self._after()
         group = self.mailbox.take_of_a_holder() if engine.waiting else self.mailbox.take()
+        if not group and self._closing is not None and self._lost(self._closing):
+            group = (self._closing,)
         if group:
             engine.deliver(group)
             return self._after()
@@ -298,6 +347,10 @@ class Driver:
             return self._after()
         return False
 
+    def _lost(self, close: Ticket) -> bool:
+        """Whether Ctrl-C came between taking the close out of the mailbox and serving it."""
+        return self.mailbox.closed and not len(self.mailbox) and not self.engine.waiting and not close.future.done()
+
     def _mind_the_card(self) -> None:
         """After a look in a standing mode: whose card it is."""
         if self.card_lock is not None:
@@ -307,7 +360,7 @@ class Driver:
         """Close for good once the close ticket has been answered."""
         if self._closing is not None and self._closing.future.done() and not self.closed:
             self.closed = True
-            self.leases.close(errors.ManagerClosed(detail="the manager is closed"))
+            self.leases.close(lambda: errors.ManagerClosed(detail="the manager is closed"))
         return True
 
     def _refuse(self, group: Group) -> None:

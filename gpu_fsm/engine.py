@@ -101,7 +101,7 @@ class Engine:
             clock=clock,
             leases=leases,
             observer=self._observer,
-            superseded=lambda: mailbox.newest_preempt > self._seq,
+            superseded=self._superseded,
             tell=owner.tell,
         )
         self.journal: deque[JournalRecord] = deque(maxlen=config.journal_size)
@@ -175,15 +175,19 @@ class Engine:
         """Whether the last drive was cut off in the middle of an event."""
         return self.state in STEPS or bool(self._serving)
 
+    def resume(self) -> None:
+        """After a drive that was cut off: a close that did nothing yet is delivered again, the rest repaired."""
+        if self.state in STABLE and self._serving and self._serving[0].kind == "close":
+            self.deliver(self._serving)
+        else:
+            self.repair()
+
     def repair(self) -> None:
         """Bring a machine that was torn out of an event back to a stable state, and refuse whom it served.
 
         Needed after a `KeyboardInterrupt` in an inline drive, and after a defect of ours: `transitions` has lost its
         queue then, and the step's outcome with it.
         """
-        if self.state in STABLE and self._serving and self._serving[0].kind == "close":
-            self.deliver(self._serving)  # nothing has moved yet, and a close is for good
-            return
         self._failure = self._failure or errors.InternalError(detail="the drive was cut off in the middle")
         if self.state in STEPS:
             if self.state is State.SHEDDING:
@@ -287,7 +291,7 @@ class Engine:
             vlm_ours=self._observer.vlm_ours,
             used_since=idle_due > now,
             vlm_ticket_queued=self._mailbox.wants_vlm() or any(waiting.wants_vlm for waiting in self.waiting),
-            superseded=self._mailbox.newest_preempt > self._seq,
+            superseded=self._superseded(),
             closing=self._mailbox.closed,
             came_from_plan=self._previous is not None,
             unknown_too_long=self._observer.unknown_for(now) >= config.unknown_max_s,
@@ -299,6 +303,9 @@ class Engine:
         if self.state in STABLE and not stays:
             snapshot = attrs.evolve(snapshot, aim=self._aim_of(trigger, ticket, snapshot))
         return snapshot
+
+    def _superseded(self) -> bool:
+        return self._mailbox.newest_preempt > self._seq and len(self._mailbox) > 0
 
     def _model_missing(self) -> bool:
         """The model was not found, and nobody has seen it since: a look is cheap, another load is not."""
@@ -733,7 +740,8 @@ class Engine:
         seen, residency = self._observer.seen, self._observer.seen.residency
         model = residency.ours
         size, source = self._observer.vlm_size()
-        vlm_ready = self._standing.plan.vlm is True and residency.answer is Answer.YES and self.state in STANDING
+        listed = residency.answer is Answer.YES and not seen.vlm_dead
+        vlm_ready = self._standing.plan.vlm is True and listed and self.state in STANDING
         self._leases.vlm_ready(seen.at + 2 * self.config.check_interval_s if vlm_ready else float("-inf"))
         present = seen.vram.present
         self._owner.publish(
@@ -773,6 +781,8 @@ class Engine:
         answer = self._observer.seen.residency.answer
         if self.state is State.LOADING:
             return ModelState.LOADING
+        if self._observer.seen.vlm_dead:
+            return ModelState.UNKNOWN
         if self.state in (State.RELEASING, State.SHEDDING) and answer is Answer.YES and self._aim.plan.vlm is False:
             return ModelState.UNLOADING
         return {Answer.YES: ModelState.LOADED, Answer.NO: ModelState.UNLOADED}.get(answer, ModelState.UNKNOWN)
@@ -954,11 +964,14 @@ class Engine:
         return self._steps.keep_alive_s
 
     def reconfigure(self, config: GPUResourceConfig) -> None:
-        """Go by other settings from the next event on; the timers follow by themselves, being made from them."""
+        """Go by other settings from the next event on; no timer runs longer than they allow."""
         self.config = config
         self._steps.reconfigure(config)
         self._observer.reconfigure(config)
-        self._check_at = min(self._check_at, self._clock.monotonic() + config.check_interval_s)
+        now = self._clock.monotonic()
+        self._check_at = min(self._check_at, now + config.check_interval_s)
+        self._recover_at = min(self._recover_at, now + config.recover_cap_s)
+        self._idle_not_before = min(self._idle_not_before, now + config.idle_timeout_s)
 
     def used_server(self, keep_alive_s: float) -> None:
         """A request that carried this keep_alive has just been answered."""
@@ -983,7 +996,8 @@ class Engine:
         idle_at = self._leases.last_vlm_use + self.config.idle_timeout_s
         promised = self._standing.plan.vlm is True
         may_be_in = self._observer.seen.residency.answer is not Answer.NO
-        if may_be_in and (self._observer.vlm_ours or promised) and not leased:
+        outstanding = self._standing.hold is Hold.PARKED and self._standing.plan.vlm is None  # an idle unload came late
+        if may_be_in and (self._observer.vlm_ours or promised or outstanding) and not leased:
             armed["idle"] = max(idle_at, self._idle_not_before)
         if promised and (leased or idle_at > self._steps.server_until):
             armed["renew"] = self._steps.server_until - self._renew_margin

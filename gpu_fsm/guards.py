@@ -64,6 +64,8 @@ class Observation:
     """What the three ports answered, at one moment."""
 
     residency: Residency = Residency()
+    vlm_dead: bool = False
+    """Ollama lists it, and the driver shows nothing of it: no promise can rest on it, and an unload is still owed."""
     catalog: Catalog = Catalog()
     vram: VRAMInfo = VRAMInfo()
     clip: ClipPlace = "none"
@@ -136,6 +138,8 @@ class Snapshot:
     def whole(self) -> bool:
         """The resident VLM is on the GPU as far as it can be here."""
         model = self.seen.residency.ours
+        if self.seen.vlm_dead:
+            return False
         if model is None or self.accept_partial or model.size_mib <= 0:
             return True
         if not self.on_our_card:
@@ -148,7 +152,7 @@ class Snapshot:
     def vlm_held_mib(self) -> float:
         """What an unload would give back to our card."""
         model = self.seen.residency.ours
-        if model is None or not self.on_our_card or not self.seen.vram.present:
+        if model is None or self.seen.vlm_dead or not self.on_our_card or not self.seen.vram.present:
             return 0.0
         return model.size_vram_mib
 
@@ -356,8 +360,8 @@ def has_previous(s: Snapshot) -> bool:
 
 
 def has_fallback(s: Snapshot) -> bool:
-    """An on-demand attempt, with a mode to keep."""
-    return s.aim.fallback is not None
+    """An on-demand attempt, or an idle unload that Ollama does not carry out, with a mode to keep."""
+    return s.aim.fallback is not None and not (s.aim.idle and s.absent)
 
 
 def aims_at_idle(s: Snapshot) -> bool:

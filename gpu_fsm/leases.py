@@ -195,14 +195,14 @@ class LeaseBook:
         """The VLM was seen resident; leases need no ticket until then (`-inf`: not ready)."""
         self._vlm_ready_until = until
 
-    def close(self, error: Exception) -> None:
-        """The manager closed: no fast path any more, and `error` for those who wait."""
+    def close(self, error: Callable[[], Exception]) -> None:
+        """The manager closed: no fast path any more, and an `error()` of his own for each who waits."""
         with self._locked():
             self._vlm_ready_until = float("-inf")
             waiters, self._waiters = self._waiters, deque()
         for waiter in waiters:
             if waiter.future.set_running_or_notify_cancel():
-                waiter.future.set_exception(error)
+                waiter.future.set_exception(error())
 
     def holders(self) -> Holders:
         """Who holds what now."""

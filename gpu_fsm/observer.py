@@ -20,6 +20,9 @@ from gpu_fsm.status import Answer, Catalog, Evidence, Holder, LoadedModel, Resid
 OLLAMA_PROCESSES = ("ollama", "llama")
 """In the names of Ollama's server and runners: `ollama`, `llama-server`, `ollama_llama_server`."""
 
+DISPROOF = 0.5
+"""A VLM of which less than this share can lie on the card is not there; Ollama's own figure is an estimate."""
+
 ELSEWHERE = 0.1
 """A load that took less than this share of its size from our card took it from another one, or from none."""
 
@@ -52,6 +55,7 @@ class Observer:
         self._catalog = Catalog()
         self._measured_mib: float | None = None
         self._raised: tuple[float, float] | None = None  # (needed MiB, until)
+        self._reported_mib = 0.0
         self._told_free_mib: float | None = None
         self._gpu_expected = False
         self._quiet: tuple[bool, str, float] | None = None  # (VLM in, CLIP's place, free MiB) of the last quiet look
@@ -59,6 +63,7 @@ class Observer:
         """A load that Ollama calls complete took nothing of our card."""
         self._unknown_since: float | None = None
         self._below_since: float | None = None
+        self._told_low = False
 
     def reconfigure(self, config: GPUResourceConfig) -> None:
         """Go by other settings from the next look on."""
@@ -78,15 +83,13 @@ class Observer:
             vram = self._assumed(vram, residency)
         if residency.refused:
             residency = self._silence(residency, vram, clip_needed)
-        if self._disproved(residency, vram):
-            detail = "Ollama lists it, but the driver shows nothing of it: its runner has died"
-            residency = attrs.evolve(residency, answer=Answer.NO, ours=None, detail=detail)
         if catalog and residency.answer is Answer.NO and not residency.refused:
             self._catalog = self._server.catalog(timeout_s)
         usable = self._clip.gpu_usable and not vram.lost
         self._gpu_expected = self._gpu_expected or self._clip.gpu_usable  # also where the driver calls it lost
         self.seen = Observation(
             residency=residency,
+            vlm_dead=self._disproved(residency, vram),
             catalog=self._catalog,
             vram=vram,
             clip=self._clip.place,
@@ -167,8 +170,9 @@ class Observer:
         return attrs.evolve(residency, answer=Answer.NO) if room and not ollama_pids(holders) else residency
 
     def _disproved(self, residency: Residency, vram: VRAMInfo) -> bool:
-        """Whether a listed VLM is not on the card: less is in use than it takes, and no process of Ollama's is there.
+        """Whether a listed VLM is not on the card.
 
+        Much less is in use than it takes, and the driver, which names all who hold memory, names nobody of Ollama's.
         `/api/ps` lists a dead runner until the next request finds out.
         """
         model = residency.ours
@@ -176,10 +180,10 @@ class Observer:
             return False
         if vram.scope != "card" or vram.total_mib is None or vram.free_mib is None:
             return False
-        if vram.total_mib - vram.free_mib >= PROOF * model.size_vram_mib:
+        if vram.total_mib - vram.free_mib >= DISPROOF * model.size_vram_mib:
             return False
         holders = self._probe.holders()
-        return holders is not None and not ollama_pids(holders)
+        return holders is not None and all(holder.name for holder in holders) and not ollama_pids(holders)
 
     def _remember(self, seen: Observation) -> None:
         """Keep what spans looks: how long unknown, how long short, what was told."""
@@ -189,12 +193,8 @@ class Observer:
         else:
             self._unknown_since = None
         assumed = seen.vram.scope == "assumed"
-        if free is not None and self._server.on_our_card and free < self._config.floor_mib and not assumed:
-            if self._below_since is None:
-                self._below_since = now
-                self._tell_low(seen)
-        else:
-            self._below_since = None
+        if free is not None and not assumed and self._server.on_our_card:
+            self._mind_the_floor(seen, free)
         if seen.residency.answer is Answer.NO:
             self.vlm_ours, self.evidence = False, "none"
         elif seen.residency.answer is Answer.YES and self.evidence == "none":
@@ -207,13 +207,23 @@ class Observer:
                 self._told_free_mib = free
                 self._tell(ResourceChanged(at=now, free_mib=free, told_mib=told, total_mib=seen.vram.total_mib))
 
-    def _tell_low(self, seen: Observation) -> None:
-        assert seen.vram.free_mib is not None
+    def _mind_the_floor(self, seen: Observation, free: float) -> None:
+        floor = self._config.floor_mib
+        if free >= floor:
+            self._below_since = None
+            self._told_low = self._told_low and free < floor + self._config.resource_event_mib
+            return
+        self._below_since = seen.at if self._below_since is None else self._below_since
+        if not self._told_low:
+            self._told_low = True
+            self._tell_low(seen, free)
+
+    def _tell_low(self, seen: Observation, free: float) -> None:
         holders = self._probe.holders() or ()
         self._tell(
             VRAMLow(
                 at=seen.at,
-                free_mib=seen.vram.free_mib,
+                free_mib=free,
                 floor_mib=self._config.floor_mib,
                 total_mib=seen.vram.total_mib,
                 holders=tuple(str(holder) for holder in holders if holder.pid != os.getpid()),
@@ -272,6 +282,7 @@ class Observer:
             # A neighbour may have taken some of it.  What fitted once is admitted again where as much is free.
             fits = before.free_mib - self._config.reserve_mib
             self._measured_mib = max(model.size_vram_mib, min(took, fits, self._held_by_ollama()))
+            self._reported_mib = model.size_vram_mib
 
     def _held_by_ollama(self) -> float:
         """MiB, as far as the driver tells; else without bound."""
@@ -281,7 +292,8 @@ class Observer:
 
     def doubt_size(self) -> None:
         """Something was refused for want of room: a measured size that holds a neighbour's share must not stay."""
-        self._measured_mib = None
+        if self._measured_mib is not None:
+            self._measured_mib = min(self._measured_mib, self._reported_mib)
 
 
 def ollama_pids(holders: tuple[Holder, ...]) -> frozenset[int]:

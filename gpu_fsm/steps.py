@@ -411,4 +411,6 @@ class Steps:
 
 
 def _whole(s: Snapshot, model: LoadedModel | None) -> bool:
-    return attrs.evolve(s, seen=attrs.evolve(s.seen, residency=Residency(answer=Answer.YES, ours=model))).whole
+    return attrs.evolve(
+        s, seen=attrs.evolve(s.seen, vlm_dead=False, residency=Residency(answer=Answer.YES, ours=model))
+    ).whole

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import attrs
 import pytest
 
 from gpu_fsm import errors
@@ -991,4 +992,175 @@ def test_an_unload_that_is_asked_for_is_sent_whatever_made_us_degraded() -> None
     assert world.vlm_resident()
     leases.release(taken[0])
     manager.ensure_vlm_unloaded()
+    assert not world.vlm_resident()
+
+
+# --- what a reader found ---
+
+
+def test_a_close_that_a_port_breaks_for_good_ends_with_one_error() -> None:
+    """A defect in a port is told once, and the manager is closed."""
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    manager.set_execution_mode("autopilot")
+
+    def broken(timeout_s: float) -> Any:
+        raise ValueError("a defect in a probe")
+
+    world.probe.read = broken  # type: ignore[method-assign]
+    with pytest.raises(errors.InternalError, match="a defect in a probe"):
+        manager.close()
+    assert manager.get_status().closed
+
+
+@pytest.mark.parametrize("told", ["nobody", "nameless"])
+def test_a_vlm_is_not_called_dead_where_the_driver_cannot_name_its_runner(told: str) -> None:
+    """In a container; and Ollama's figure is 15 % more than what lies on the card."""
+    world = SimulatedWorld(card_mib=12288.0, driver_mib=100.0, clip=False)
+    take, holders = world.card.take, world.card.holders
+
+    def less(owner: str, mib: float, **options: Any) -> None:
+        take(owner, mib * 0.85, **options)
+
+    world.card.take = less  # type: ignore[method-assign]
+    world.card.holders = lambda: (
+        ()
+        if told == "nobody"
+        else tuple(  # type: ignore[method-assign]
+            attrs.evolve(holder, name="") for holder in holders()
+        )
+    )
+    manager = inline_manager(world)
+    assert manager.set_execution_mode("recording").granted
+    manager.drive_for(60.0)
+    assert manager.get_status().state is State.RECORDING
+    assert world.ollama.counts["loads"] == 1
+
+
+def test_one_shortage_does_not_cost_a_good_measurement() -> None:
+    """What was measured fits; what the catalogue makes one fear would not."""
+    world = SimulatedWorld()
+    world.vlm = world.ollama.add_model(attrs.evolve(world.vlm, disk_mib=5200.0))
+    manager = inline_manager(world)
+    manager.ensure_vlm_loaded()
+    manager.ensure_vlm_unloaded()
+    world.card.take("game", 3000.0, pid=7, name="game")
+    with pytest.raises(errors.InsufficientVRAM):
+        manager.ensure_vlm_loaded()
+    world.card.give_back("game", 1000.0)
+    manager.ensure_vlm_loaded()
+    assert world.vlm_resident()
+
+
+def test_an_adopted_vlm_that_was_busy_when_it_went_idle_goes_later() -> None:
+    """It was never ours, but RECORDING promised it, so its idle time counts until it is out."""
+    world = SimulatedWorld(generate_s=60.0)
+    manager = inline_manager(world, idle_timeout_s=60.0)
+    world.ollama.foreign_load(world.vlm.name, keep_alive=-1)
+    manager.drive_for(10.0)
+    manager.set_execution_mode("recording")
+    manager.drive_for(55.0)
+    world.ollama.foreign_generate(world.vlm.name, keep_alive=-1)
+    manager.drive_for(39.0)
+    world.ollama.foreign_generate(world.vlm.name, keep_alive=-1)
+    manager.drive_for(600.0)
+    assert not world.vlm_resident()
+    assert manager.get_status().state is State.RECORDING
+
+
+def test_an_idle_vlm_is_not_fetched_back_because_clip_cannot_return() -> None:
+    """AUTOPILOT with the VLM on demand: it goes for want of use, CLIP finds no room; that is no reason to load."""
+    world = SimulatedWorld(card_mib=6400.0)
+    manager = inline_manager(world, idle_timeout_s=60.0)
+    manager.set_execution_mode("autopilot")
+    manager.ensure_vlm_loaded()
+    world.faults.arm("clip.to_gpu", "oom", times=None)
+    manager.drive_for(1000.0)
+    assert world.ollama.counts["loads"] == 1
+    assert manager.get_status().state is State.DEGRADED
+
+
+def test_ollama_is_restarted_and_nothing_is_loaded_on_the_way_out() -> None:
+    """The VLM comes back after the restart; what goes while a close waits for its lease does not."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        machine.oracle.inputs += 4
+        manager.set_execution_mode("recording")
+        machine.stop_ollama(kill=False)
+        machine.start_ollama(starting_s=0.0)
+        manager.drive_for(100.0)
+        assert world.vlm_resident()
+        lease = manager.vlm(holder="somebody")
+        elsewhere(lease.__enter__)
+        check_at = next(timer.due_at for timer in manager.get_status().timers if timer.name == "check")
+        manager.drive_for(check_at - world.clock.monotonic() - 5.0)
+        world.clock.after(1.0, lambda: world.ollama.foreign_unload(world.vlm.name))
+        loads = world.ollama.counts["loads"]
+        manager.close()
+        assert "check-closing" in rows(machine)
+        assert world.ollama.counts["loads"] == loads
+
+
+def test_a_vlm_on_another_card_is_not_called_gone() -> None:
+    """The driver shows nothing of it on ours, yet Ollama lists it: an unload is sent, and only its end is believed."""
+    world = SimulatedWorld(card_mib=12288.0, clip=False)
+    manager = inline_manager(world)
+    take = world.card.take
+
+    def elsewhere_card(owner: str, mib: float, **options: Any) -> None:
+        if not owner.startswith("ollama"):
+            take(owner, mib, **options)
+
+    world.card.take = elsewhere_card  # type: ignore[method-assign]
+    world.ollama.foreign_load(world.vlm.name, keep_alive=-1)
+    manager.drive_for(10.0)
+    manager.ensure_vlm_unloaded()
+    assert not world.vlm_resident()
+    assert world.ollama.counts["unloads"] == 1
+
+
+def test_a_driver_that_answers_now_and_then_tells_of_one_shortage_once() -> None:
+    """An unanswered look is no recovery: one event, and the pressure lasts."""
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    manager.set_execution_mode("recording")
+    told: list[Any] = []
+    manager.subscribe(told.append, "vram_low")
+    world.card.take("game", world.card.free_mib - 10.0)
+    looks = 0
+
+    def every_other(op: str, phase: str) -> None:
+        nonlocal looks
+        if (op, phase) == ("probe.read", "before"):
+            looks += 1
+            if looks % 2:
+                world.faults.arm("probe.read", "unknown", times=1)
+
+    world.on_io.append(every_other)
+    manager.drive_for(600.0)
+    assert len(told) == 1
+    assert manager.get_status().state is State.DEGRADED
+
+
+def test_shorter_pauses_hold_for_the_pause_that_runs() -> None:
+    """A person who lowers the back-off does not wait for the old one."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, recover_base_s=3000.0, recover_cap_s=3600.0)
+    world.faults.arm("ollama.load", "http_500", times=None)
+    assert not manager.set_execution_mode("recording").granted
+    world.faults.heal()
+    manager.reconfigure(recover_base_s=1.0, recover_cap_s=2.0)
+    manager.drive_for(60.0)
+    assert manager.get_status().state is State.RECORDING
+
+
+def test_a_close_that_was_torn_before_it_was_served_is_served() -> None:
+    """Ctrl-C between the mailbox and the machine."""
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    manager.set_execution_mode("recording")
+    driver = manager._driver
+    driver.post_close()
+    driver.mailbox.take()
+    assert manager.close() == ()
     assert not world.vlm_resident()
