@@ -17,8 +17,10 @@ import io
 import json
 import logging
 import os
+import sys
 import threading
 import traceback
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -620,13 +622,14 @@ class CLIPManager:
         folder = _find(name, pickles=allowed)
         _check_weights(folder, name, allowed=allowed)
         try:
-            return pipeline(
-                str(folder),
-                device="cpu",
-                trust_remote_code=False,
-                local_files_only=True,
-                model_kwargs={} if allowed else {"use_safetensors": True},
-            )
+            with _no_bars():
+                return pipeline(
+                    str(folder),
+                    device="cpu",
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    model_kwargs={} if allowed else {"use_safetensors": True},
+                )
         except Exception as error:
             raise ClipUnavailable(
                 detail=f"{one_line(name)} cannot be loaded: {one_line(error)}",
@@ -988,6 +991,22 @@ def _find(name: str, *, pickles: bool) -> Path:
             detail=f"{one_line(repository)} is not on this machine and cannot be fetched: {one_line(error)}",
             remedy="Go online once, or download the model elsewhere and set clip_model to its folder.",
         ) from error
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers from drawing its own progress meanwhile: a library leaves the terminal alone."""
+    theirs: Any = sys.modules.get("transformers.utils.logging")
+    if theirs is None or not theirs.is_progress_bar_enabled():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the hub's own switch in the environment wins over this one, and says so
+        theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.enable_progress_bar()
 
 
 def _logged_progress() -> Any:

@@ -98,8 +98,8 @@ class Manager(Protocol):
 class ControlServer:
     """Serves a manager until `close()`; a context manager.  `path` None takes a name in the user's runtime folder.
 
-    `on_mode` is told a mode that somebody outside asked for and got; `on_reload` reads the settings again and returns
-    what changed, by name, or raises why not.  Raises `BadArgument` for a place that cannot be
+    `on_mode` is told a mode that somebody outside asked for and that was not refused; `on_reload` reads the settings
+    again and returns what changed, by name, or raises why not.  Raises `BadArgument` for a place that cannot be
     trusted or is taken, `OSError` where there is no room for a socket.
     """
 
@@ -190,17 +190,19 @@ class ControlServer:
                 if len(line) > LINE_BYTES:
                     _send(client, _failure("bad_argument", f"a line of more than {LINE_BYTES} bytes"))
                     return
+                follows = False
                 try:
                     question = _question(line)
-                    if question["do"] == "events" and question.get("follow"):
-                        self._follow(client)
-                        return
-                    answer = {"ok": True, "result": self._answer(question)}
+                    follows = question["do"] == "events" and bool(question.get("follow"))
+                    answer = {"ok": True, "result": "following" if follows else self._answer(question)}
                 except GPUFSMError as error:
                     answer = _failure(error.code, error.summary(), error.remedy)
                 except Exception as error:  # a defect of ours costs its asker an answer, nobody the server
                     log.exception("gpu_fsm: the control socket met a defect; please report it")
                     answer = _failure("internal", one_line(error))
+                if follows:
+                    self._follow(client, answer)
+                    return
                 _send(client, answer)
 
     def _answer(self, question: Mapping[str, Any]) -> Any:
@@ -217,9 +219,13 @@ class ControlServer:
                 mode, preempt = _mode(question), question.get("preempt", False)
                 if not isinstance(preempt, bool):
                     raise BadArgument(detail="preempt is neither true nor false")
-                outcome = manager.set_execution_mode(mode, preempt=preempt, timeout_s=_timeout(question))
-                if self._on_mode is not None:
-                    self._on_mode(mode)
+                timeout_s = _timeout(question)
+                try:
+                    outcome = manager.set_execution_mode(mode, preempt=preempt, timeout_s=timeout_s)
+                except OperationTimeout:
+                    self._tell_mode(mode)  # only the waiting is over: the mode comes all the same
+                    raise
+                self._tell_mode(mode)
                 return {
                     "asked": outcome.asked,
                     "granted": outcome.granted,
@@ -240,6 +246,10 @@ class ControlServer:
                     remedy="Ask for status, explain, events, mode, vlm_load, vlm_unload or reload.",
                 )
 
+    def _tell_mode(self, mode: ExecutionMode) -> None:
+        if self._on_mode is not None:
+            self._on_mode(mode)
+
     # --- events ---
 
     def _hear(self, event: Event) -> None:
@@ -250,14 +260,14 @@ class ControlServer:
         for follower in followers:
             follower.put(told)
 
-    def _follow(self, client: socket.socket) -> None:
+    def _follow(self, client: socket.socket, answer: Mapping[str, Any]) -> None:
         follower = _Follower()
         with self._lock:
             self._followers.add(follower)
             if self._closed:
                 follower.end()
         try:
-            _send(client, {"ok": True, "result": "following"})
+            _send(client, answer)
             while (told := follower.next(client)) is not None:
                 _send(client, told)
             _send(client, {"end": "the manager has closed"})

@@ -82,7 +82,7 @@ class Driver:
         self._listener_errors = 0
         self._events: queue.Queue[Event | None] = queue.Queue(maxsize=BACKLOG)
         self._reports: list[errors.GPUFSMError] = []
-        self._post_lock = threading.Lock()
+        self._post_lock = threading.RLock()  # a signal handler may post while its thread does
         self._closing: Ticket | None = None
         self._loans: tuple[Loan, ...] = ()
         self._newest_request: Ticket | None = None

@@ -292,7 +292,7 @@ class Engine:
             used_since=idle_due > now,
             vlm_ticket_queued=self._mailbox.wants_vlm() or any(waiting.wants_vlm for waiting in self.waiting),
             superseded=self._superseded(),
-            closing=self._mailbox.closed,
+            outdated=self._mailbox.closed or any(waiting.kind == "request" for waiting in self.waiting),
             came_from_plan=self._previous is not None,
             unknown_too_long=self._observer.unknown_for(now) >= config.unknown_max_s,
             pressed_too_long=self._observer.pressed_for(now) >= config.pressure_s,

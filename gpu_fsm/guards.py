@@ -114,7 +114,7 @@ class Snapshot:
     used_since: bool = False
     vlm_ticket_queued: bool = False
     superseded: bool = False
-    closing: bool = False
+    outdated: bool = False
     came_from_plan: bool = False
     unknown_too_long: bool = False
     pressed_too_long: bool = False
@@ -344,9 +344,9 @@ def clip_may_move(s: Snapshot) -> bool:
     return s.seen.clip != "none" and (not _lacks_clip(s) or (known(s) and admissible(s)))
 
 
-def closing(s: Snapshot) -> bool:
-    """The manager is being closed."""
-    return s.closing
+def outdated(s: Snapshot) -> bool:
+    """A request for another mode, or a close, waits for leases: nothing is acquired any more for the old mode."""
+    return s.outdated
 
 
 def superseded(s: Snapshot) -> bool:
@@ -425,7 +425,7 @@ PREDICATES: dict[str, Predicate] = {
         clip_there,
         clip_may_move,
         superseded,
-        closing,
+        outdated,
         has_previous,
         has_fallback,
         aims_at_idle,

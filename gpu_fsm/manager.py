@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, overloa
 from gpu_fsm import errors
 from gpu_fsm.arguments import as_mode, as_timeout, default_holder
 from gpu_fsm.cardlock import CardLock
-from gpu_fsm.driver import Driver, Listener
+from gpu_fsm.driver import Driver, Listener, Loan
 from gpu_fsm.engine import JournalRecord
 from gpu_fsm.events import KINDS, Event
 from gpu_fsm.handles import CLIP, VLM
@@ -177,6 +177,17 @@ class GPUResourceManager:
         finally:
             forget(lease)
             driver.leases.release(lease)
+
+    @contextlib.contextmanager
+    def lend(self, holder: str) -> Iterator[Loan]:
+        """Keep the room that is made on the card for `holder`, a program of somebody else's, while the block runs.
+
+        Whoever asks meanwhile for RECORDING, AUTOPILOT, the VLM, or CLIP on the GPU gets `CardHeld`.  What is there
+        stays, so make the room inside the block: IDLE, `ensure_vlm_unloaded()`, `migrate_clip_to_cpu()`.  At the end
+        nothing is restored; `loan.mode` is what was last asked for before.
+        """
+        with self._driver.lend(errors.one_line(holder, 80)) as loan:
+            yield loan
 
     # --- doors for code that knows nothing of us ---
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import attrs
 
 from gpu_fsm.events import Event, ForeignConsumer, ResourceChanged, VRAMLow
-from gpu_fsm.guards import PROOF, Observation
+from gpu_fsm.guards import PROOF, WHOLE, Observation
 from gpu_fsm.ports import CLIPHost, Clock, VLMServer, VRAMProbe
 from gpu_fsm.settings import GPUResourceConfig
 from gpu_fsm.status import Answer, Catalog, Evidence, Holder, LoadedModel, Residency, VRAMInfo
@@ -278,6 +278,8 @@ class Observer:
         took = before.free_mib - after.free_mib
         self.seems_elsewhere = model.size_vram_mib > 0 and abs(took) < ELSEWHERE * model.size_vram_mib
         if model.size_vram_mib > 0 and PROOF * model.size_vram_mib <= took <= 1.5 * model.size_vram_mib:
+            if model.size_vram_mib < WHOLE * model.size_mib:
+                return  # accepted in part: the next load may have room for all of it
             self.evidence = "measured"
             # A neighbour may have taken some of it.  What fitted once is admitted again where as much is free.
             fits = before.free_mib - self._config.reserve_mib

@@ -142,7 +142,7 @@ TABLE: tuple[Row, ...] = (
          "the card is full for too long"),
     _row("check-kept", "check", STANDING, None, "placed", "note", "the promise is kept"),
     _row("check-leased", "check", STANDING, None, "blocked", "note", "a lease stands in the way of putting it right"),
-    _row("check-closing", "check", STANDING, None, "closing", "note", "what is being closed acquires nothing any more"),
+    _row("check-outdated", "check", STANDING, None, "outdated", "note", "nothing more is acquired for what is over"),
     _row("check-reassert", "check", STANDING, RELEASING, "reassertions_left admissible", "reassert", "put it right"),
     _row("check-lost", "check", STANDING, SHEDDING, "", "degrade_lost", "it cannot be put right, or not again"),
     _row("renew", "renew", STANDING, None, "vlm_promised placed", "renew_keep_alive",
@@ -185,7 +185,7 @@ TABLE: tuple[Row, ...] = (
     _row("fault-degraded", "fault", (DEGRADED,), None, "", "note", "already safe"),
     # --- down, and up again ---
     _row("shed", "shed", (SHEDDING,), DEGRADED, "", "settle_degraded", "as safe as it gets"),
-    _row("recover", "recover", (DEGRADED,), RELEASING, "recoverable !blocked !closing", "begin_recovery",
+    _row("recover", "recover", (DEGRADED,), RELEASING, "recoverable !blocked !outdated", "begin_recovery",
          "try the asked mode"),
     _row("recover-shed", "recover", (DEGRADED,), SHEDDING, "leftovers !leased", "shed_again", "tidy up first"),
     _row("recover-later", "recover", (DEGRADED,), None, "", "back_off", "not yet"),

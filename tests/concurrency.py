@@ -109,7 +109,7 @@ def main() -> int:
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     rounds = Rounds(args.times, seed, args.round, quiet=args.json)
-    files = [str(HERE / name) for name in (*FILES, STORM) if (HERE / name).exists()]
+    files = [str(HERE / name) for name in (*FILES, STORM)]
     began = time.monotonic()
     os.chdir(HERE.parent)
     options = [

@@ -31,6 +31,15 @@ class PeekingMailbox(Mailbox):
         return (head,)
 
 
+class CopyingMailbox(Mailbox):
+    """Takes from a copy of the queue, and puts what is left in its place."""
+
+    def take(self) -> Group:
+        left = list(self._queue)
+        self._queue = deque(left[1:])
+        return tuple(left[:1])
+
+
 class LateNumbersMailbox(Mailbox):
     """Gives numbers before it takes the lock."""
 
@@ -219,6 +228,27 @@ class SharedPublishBook(LeaseBook):
         self._changed()
 
 
+class EarlyWakeBook(LeaseBook):
+    """Tells of the end of a lease before it has ended."""
+
+    def release(self, lease: int) -> None:
+        self._changed()
+        with self._lock:
+            self._end(lease)
+
+
+class ImpoliteBook(LeaseBook):
+    """Looks whether a waiter is still there, and gives the lease without asking again."""
+
+    def open(self, draining: Iterable[str] = ()) -> None:
+        with self._lock:
+            self._moving, self._draining = frozenset(), frozenset(draining)
+            ready = [waiter for waiter in self._waiters if not waiter.future.cancelled()]
+            self._waiters = deque()
+        for waiter in ready:
+            waiter.future.set_result(self._grant(waiter.model, waiter.holder))
+
+
 class CarelessForceBook(LeaseBook):
     """Marks leases as lost outside the lock."""
 
@@ -238,12 +268,12 @@ class CarelessForceBook(LeaseBook):
 class AskingAnywayBook(LeaseBook):
     """Sweeps the waiters out without the lock when it closes."""
 
-    def close(self, error: Exception) -> None:
+    def close(self, error: Callable[[], Exception]) -> None:
         self._vlm_ready_until = float("-inf")
         waiters = tuple(self._waiters)
         for waiter in waiters:
             if waiter.future.set_running_or_notify_cancel():
-                waiter.future.set_exception(error)
+                waiter.future.set_exception(error())
         self._waiters = deque()
 
 

@@ -28,11 +28,15 @@ CONVERGES_S = RECOVER_CAP_S + 4.0 + 5.0
 """The back-off's cap, one load, and a little."""
 
 
+NEW, OLD = "0.32.15", "0.24.0"
+"""Ollama's versions; the old one tells only `/api/show` whether a model takes images."""
+
+
 class Stage:
     """A manager in a world, and all connections that it ever had."""
 
-    def __init__(self, *, threaded: bool = False) -> None:
-        self.world = SimulatedWorld()
+    def __init__(self, *, threaded: bool = False, version: str = NEW) -> None:
+        self.world = SimulatedWorld(version=version)
         config = self.world.config(**SETTINGS)
         self.adapters: list[SimulatedAdapter] = []
         server = OllamaManager(config, clock=self.world.clock, transport=self._connect, jitter=lambda: 0.0)
@@ -58,11 +62,16 @@ Act = Callable[[Stage], object]
 
 @frozen
 class Operation:
-    """What to do first, and then; `drives` where it takes an inline manager."""
+    """What to do first, and then; `drives` where it takes an inline manager, `version` is Ollama's."""
 
     before: Act
     act: Act
     drives: bool = False
+    version: str = NEW
+
+    def stage(self, *, threaded: bool = False) -> Stage:
+        """Where it plays; nothing has been done yet."""
+        return Stage(threaded=threaded, version=self.version)
 
 
 def mode(name: str) -> Act:
@@ -201,14 +210,16 @@ OPERATIONS: dict[str, Operation] = {
     "idle-unload-in-autopilot": Operation(first(AUTOMATE, load), time_passes(IDLE_TIMEOUT_S + 16.0), drives=True),
     "renew": Operation(RECORD, hold, drives=True),
     "recover": Operation(fall, time_passes(CONVERGES_S), drives=True),
+    "record-on-an-old-server": Operation(nothing, RECORD, version=OLD),
+    "load-on-an-old-server": Operation(nothing, load, version=OLD),
 }
 """Name -> operation."""
 
 
 def io_calls(name: str) -> list[str]:
     """The I/O calls of an operation in which nothing goes wrong, in order."""
-    stage, calls = Stage(), []
-    operation = OPERATIONS[name]
+    operation, calls = OPERATIONS[name], list[str]()
+    stage = operation.stage()
     operation.before(stage)
     stage.world.on_io.append(lambda op, phase: calls.append(op) if phase == "before" else None)
     operation.act(stage)

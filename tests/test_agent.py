@@ -37,7 +37,7 @@ from gpu_fsm.ports import Completion
 from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.status import ExecutionMode, GPUResourceStatus, State
 from tests.waiting import Gate, in_thread, let_time_pass, until
-from tests.worlds import threaded
+from tests.worlds import inline, threaded
 
 np = pytest.importorskip("numpy", reason="numpy is not installed")
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
@@ -564,12 +564,12 @@ def test_the_live_screen_is_told_when_it_changes() -> None:
 
 
 def test_without_a_desktop_the_live_screen_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line with a mend, not the library's own error."""
+    """One line with a mend, not the library's own error; at once, before any model has been loaded for it."""
     pytest.importorskip("mss", reason="mss is not installed")
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(errors.BadArgument, match="cannot be seen"):
-        next(live())
+        live()
 
 
 # --- ExecutionLoop ----------------------------------------------------------------------------------------------------
@@ -790,6 +790,20 @@ def test_stop_lets_the_screen_in_hand_be_finished() -> None:
     manager.generate = stopping  # type: ignore[method-assign]
     steps = loop.run(ExecutionMode.RECORDING, [screen("r"), screen("g", GREEN)])
     assert [step.result for step in steps] == ["recorded"]
+
+
+def test_a_mode_that_was_refused_while_the_card_was_lent_is_asked_for_again() -> None:
+    """When it has been given back the agent and the card are of one mind again, at the next screen."""
+    world = SimulatedWorld()
+    manager = inline(world)
+    loop = ExecutionLoop(manager, UIDetector(manager), FusionEngine(LIMITS))
+    with manager.lend("whisper"):
+        loop.set_mode(ExecutionMode.AUTOPILOT)
+        loop.handle(screen("r"))
+        assert manager.get_status().state is State.IDLE
+    loop.handle(screen("r"))
+    assert manager.get_status().state is State.AUTOPILOT
+    manager.close()
 
 
 def test_a_signal_in_the_middle_of_a_load_leaves_nothing_on_the_card() -> None:

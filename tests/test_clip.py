@@ -174,6 +174,18 @@ ITEMS: list[object] = ["a window", picture("blue"), "", picture("green")]
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
+def test_loading_leaves_the_terminal_alone(
+    make: Making, tiny: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does is told in log records; transformers draws no bars of its own, and again does for others later."""
+    from transformers.utils import logging as theirs
+
+    monkeypatch.setattr(theirs, "_tqdm_active", True)
+    make(clip_model=str(tiny)).prepare()
+    assert capfd.readouterr() == ("", "")
+    assert theirs.is_progress_bar_enabled()
+
+
 def test_the_module_imports_no_torch() -> None:
     """Importing and making a host costs nothing heavy; the first use pays."""
     code = (

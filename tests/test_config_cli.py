@@ -153,6 +153,12 @@ def test_init_overwrites_nothing_without_force(here: Path, capsys: pytest.Captur
     assert load_app_config(here / "gpu-fsm.toml", {}).config == AppConfig()
 
 
+def test_init_tells_a_program_where_the_file_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One JSON document, as everywhere."""
+    assert json.loads(said(capsys, "config", "init", "new.toml", "--json")[0]) == {"file": "new.toml"}
+    assert (here / "new.toml").exists()
+
+
 def test_init_leaves_a_pyproject_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is more than ours, even with --force."""
     (here / "pyproject.toml").write_text("[project]\n", "utf-8")

@@ -183,6 +183,27 @@ def test_a_timeout_ends_the_waiting_and_not_the_load(bench: Bench) -> None:
     until(lambda: bench.world.clock.advance(0.05) or bench.world.vlm_resident())
 
 
+def test_an_agent_follows_a_mode_whose_asker_waits_no_longer(bench: Bench) -> None:
+    """What goes on after `--timeout-s` is the whole change: the manager's and the agent's."""
+    gate = Gate(bench.world, "ollama.load", "during")
+    assert main(["mode", "recording", "--timeout-s", "0.05"]) == ExitCode.REFUSED
+    gate.wait()
+    assert bench.followed == [ExecutionMode.RECORDING]
+    gate.open()
+    until(lambda: bench.world.clock.advance(0.05) or bench.manager.get_status().state is State.RECORDING)
+
+
+@pytest.mark.parametrize("text", ["nan", "-1", "inf", "soon"])
+@pytest.mark.parametrize("command", [("mode", "idle"), ("vlm", "load"), ("vlm", "unload")])
+def test_a_time_that_is_none_is_refused_before_anybody_is_asked(
+    bench: Bench, command: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line that names the option; nan is a float, and no time to wait."""
+    assert main([*command, "--timeout-s", text]) == ExitCode.USAGE
+    assert "--timeout-s" in capsys.readouterr().err
+    assert bench.manager.get_status().state is State.IDLE
+
+
 def test_preempt_gives_a_load_under_way_up(bench: Bench) -> None:
     """A mode asked for with --preempt does not wait for the load that it makes needless."""
     gate = Gate(bench.world, "ollama.load", "during")
@@ -340,6 +361,19 @@ def test_a_place_that_others_can_write_to_or_that_is_taken_is_refused(bench: Ben
     with pytest.raises(BadArgument, match="cannot be"):
         ControlServer(bench.manager, tmp_path / ("x" * 200))
     assert raw(bench, b'{"do": "status", "protocol": 1}\n')[1]["ok"]
+
+
+@pytest.mark.parametrize("eventful", [False, True])
+def test_a_follower_that_leaves_is_no_defect(bench: Bench, eventful: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Ctrl-C at `events --follow` is how it ends, in a quiet hour and amid events; the agent's log stays empty."""
+    client = ControlClient()
+    client.ask("events", follow=True)
+    client.close()
+    if eventful:
+        for mode in (ExecutionMode.AUTOPILOT, ExecutionMode.IDLE, ExecutionMode.RECORDING):
+            assert let_time_pass(bench.world, in_thread(bench.manager.set_execution_mode, mode)).granted
+    until(lambda: not bench.server._clients)
+    assert caplog.records == []
 
 
 def test_a_client_that_leaves_in_the_middle_harms_nobody(bench: Bench) -> None:

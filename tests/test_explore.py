@@ -21,6 +21,7 @@ from gpu_fsm.states import TABLE
 from gpu_fsm.steps import Steps
 from gpu_fsm.testing import Violation, explore, walk
 from gpu_fsm.testing.explore import search
+from tests.counts import say
 from tests.waiting import ROOT
 
 
@@ -177,7 +178,7 @@ def test_the_example_of_the_explorer_is_true() -> None:
 # --- the manager ---
 
 
-def test_the_manager_keeps_its_promises_in_every_configuration() -> None:
+def test_the_manager_keeps_its_promises_in_every_configuration(request: pytest.FixtureRequest) -> None:
     """All of them, all rows, all outcomes of guards; what cannot be taken is named with its reason."""
     brief = settings.get_current_profile_name() == "brief"
     command = [sys.executable, "-W", "error", "-m", "gpu_fsm", "explore", "--json"]
@@ -186,9 +187,10 @@ def test_the_manager_keeps_its_promises_in_every_configuration() -> None:
     )
     assert done.stdout, done.stderr
     told = json.loads(done.stdout)
-    print(
-        f"{told['configurations']} configurations, {told['edges']} edges, depth {told['depth']}, "
-        f"{told['rows_taken']} of {told['rows_total']} rows, {told['violations']} violations in {told['seconds']} s"
+    say(
+        request.config,
+        f"explorer: {told['configurations']} configurations, {told['edges']} edges, depth {told['depth']}, "
+        f"{told['rows_taken']} of {told['rows_total']} rows, {told['violations']} violations in {told['seconds']} s",
     )
 
     assert ([], 0, "", 0) == (told["broken"], told["violations"], done.stderr, done.returncode)

@@ -15,7 +15,7 @@ from gpu_fsm.status import ExecutionMode, State
 from gpu_fsm.testing.oracle import Oracle
 from gpu_fsm.testing.stateful import FAULTS, GPUStateMachine
 from tests.counts import say
-from tests.operations import CONVERGES_S, IDLE_TIMEOUT_S, OPERATIONS, WAIT_S, Stage, io_calls
+from tests.operations import CONVERGES_S, IDLE_TIMEOUT_S, NEW, OLD, OPERATIONS, WAIT_S, Stage, io_calls
 
 EVERY = 5
 """Of so many faults a brief run meets one; any other run meets all."""
@@ -45,7 +45,8 @@ def test_every_fault_at_every_call_of(name: str, request: pytest.FixtureRequest)
 
 def meet_once(name: str, nth: int, op: str, kind: str) -> None:
     """One story: the `nth` I/O call of the operation goes wrong, this once."""
-    stage, operation = Stage(), OPERATIONS[name]
+    operation = OPERATIONS[name]
+    stage = operation.stage()
     world, manager = stage.world, stage.manager
     oracle = Oracle(manager, world)
     operation.before(stage)
@@ -125,7 +126,7 @@ def fresh_machine(**changes: object) -> GPUStateMachine:
 
 def meet(fault: tuple[str, str], *, times: int | None, way: int) -> None:
     """One story: the fault, what it does to the machine, and the way back."""
-    machine = fresh_machine()
+    machine = fresh_machine(version=OLD if fault[0] == "ollama.show" else NEW)
     try:
         machine.meet_a_fault(fault, times, way, healed=False)
         machine.every_promise_is_kept()
@@ -152,15 +153,16 @@ def test_the_operations_are_all_that_the_manager_can_be_asked_for() -> None:
     called: set[str] = set()
     states: set[State] = set()
     for name in OPERATIONS:
-        stage = Stage()
+        stage = OPERATIONS[name].stage()
         called.update(io_calls(name))
         OPERATIONS[name].before(stage)
         known = len(stage.manager.journal)
         OPERATIONS[name].act(stage)
         seen.update(record.trigger for record in stage.manager.journal[known:])
         states.update(record.dest for record in stage.manager.journal)
-    # `/api/show` is asked of old servers only; its faults are met in `test_scenarios.py`.
-    assert called == set(KINDS) - {"ollama.other", "ollama.version", "ollama.show"}
+    # `/api/version` is for the doctor: no verb and no timer of a manager asks for it.
+    assert called == set(KINDS) - {"ollama.other", "ollama.version"}
+    assert {op for op, _ in FAULTS} == called
     assert states == set(State)
     assert seen >= {"request", "vlm_wanted", "vlm_unwanted", "migrate_clip", "close", "idle_timeout", "check", "renew"}
     assert seen >= {"recover", "step_done"}

@@ -8,6 +8,7 @@ import pytest
 for _library in ("httpx", "ollama", "openai", "starlette", "uvicorn"):
     pytest.importorskip(_library, reason=f"{_library} is not installed; it comes with the extra test")
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -115,29 +116,43 @@ def test_a_lease_that_is_given_back_restores_the_mode_at_once(world: Street) -> 
     assert beat(gateway, lease).status_code == 404
 
 
-def test_a_mode_that_was_asked_for_meanwhile_is_not_overruled(world: Street) -> None:
-    """The agent in this process has moved on; the holder is told that its room is no longer kept."""
+def test_who_asks_for_idle_meanwhile_is_not_overruled(world: Street) -> None:
+    """The agent in this process has stopped recording: when the card is back, nothing is loaded for it."""
     world.manager.set_execution_mode("recording")
     gateway = world.gateway()
     lease = ask(gateway)
+    assert world.manager.set_execution_mode("idle").granted
     assert beat(gateway, lease).json()["kept"]
-    world.manager.set_execution_mode("autopilot")
-    assert not beat(gateway, lease).json()["kept"]
     end(gateway, lease)
-    until(lambda: httpx.get(f"{gateway.url}/gpu-fsm/lease", trust_env=False).json() == {"leases": []})
-    assert generate(gateway).status_code == 200
-    assert world.manager.get_status().execution_mode.value == "autopilot"
+    until(lambda: generate(gateway, model="other:1b").status_code == 200)
+    assert world.manager.get_status().execution_mode is ExecutionMode.IDLE
+    assert not world.resident
 
 
 def test_more_than_there_is_is_refused_with_figures_and_nothing_is_lost(world: Street) -> None:
     """How much was asked, how much is free with all of ours given up; then the mode comes back."""
     world.manager.set_execution_mode("recording")
     gateway = world.gateway()
-    refused = ask(gateway, needed_mib=CARD_MIB)
+    needed_mib = CARD_MIB - world.manager.config.reserve_mib
+    refused = ask(gateway, needed_mib=needed_mib)
     assert refused.status_code == 409
     said = refused.json()
-    assert (said["code"], said["needed_mib"], said["free_mib"]) == ("vram_insufficient", CARD_MIB, CARD_MIB - 300.0)
+    assert (said["code"], said["needed_mib"], said["free_mib"]) == ("vram_insufficient", needed_mib, CARD_MIB - 300.0)
     until(lambda: world.resident and world.manager.get_status().execution_mode.value == "recording")
+
+
+def test_nothing_is_given_up_for_what_no_card_of_this_size_has(world: Street) -> None:
+    """One program's mistake must not cost the others their model."""
+    world.manager.set_execution_mode("recording")
+    gateway = world.gateway()
+    refused = ask(gateway, needed_mib=CARD_MIB, wait_s=60)
+    assert (refused.status_code, refused.json()["free_mib"]) == (409, CARD_MIB)
+    assert world.ollama.counts["loads"] == 1
+    assert world.manager.get_status().execution_mode is ExecutionMode.RECORDING
+    assert generate(gateway).status_code == 200
+    small = ask(gateway)
+    assert ask(gateway, needed_mib=CARD_MIB, wait_s=60).status_code == 409, "nor does it stand in the way of others"
+    end(gateway, small)
 
 
 def test_what_is_free_is_asked_of_the_card_and_not_remembered(world: Street) -> None:
@@ -148,6 +163,18 @@ def test_what_is_free_is_asked_of_the_card_and_not_remembered(world: Street) -> 
     assert refused.status_code == 409
     assert refused.json()["free_mib"] == CARD_MIB - 300.0 - 5000.0
     assert generate(gateway).headers["gpu-fsm-error"] == "vram_insufficient", "it is lent to nobody"
+
+
+def test_for_a_second_lease_the_card_is_asked_again(world: Street) -> None:
+    """The first has taken what it was promised, and a game has taken more of the rest."""
+    gateway = world.gateway()
+    assert ask(gateway, holder="a", needed_mib=3000).status_code == 200
+    world.card.take("a", 3000.0)
+    world.card.take("game", 3000.0)
+    refused = ask(gateway, holder="b", needed_mib=3000)
+    assert (refused.status_code, refused.json()["free_mib"]) == (409, CARD_MIB - 300.0 - 6000.0)
+    world.card.give_back("a")
+    world.card.give_back("game")
 
 
 def test_a_running_answer_is_not_cut_off_for_a_lease(world: Street) -> None:
@@ -214,23 +241,48 @@ def test_while_the_card_is_lent_no_model_runs_through_the_gateway(world: Street)
     end(gateway, lease)
 
 
-def test_who_asks_from_outside_in_another_way_respects_the_loan_too(world: Street) -> None:
-    """The control socket asks through the gateway's own view of the manager; to look is always allowed."""
-    gateway = world.gateway()
-    lease, outside = ask(gateway), gateway.considerate
+def test_nobody_in_this_process_takes_the_room_either(world: Street) -> None:
+    """The agent, the doors and the control socket ask the same manager; what takes no room is given as ever."""
+    world.manager.set_execution_mode("recording")
+    gateway, manager = world.gateway(), world.manager
+    lease = ask(gateway)
     for takes_the_room in (
-        lambda: outside.set_execution_mode(ExecutionMode.RECORDING),
-        lambda: outside.set_execution_mode(ExecutionMode.AUTOPILOT, preempt=True),
-        outside.ensure_vlm_loaded,
+        lambda: manager.set_execution_mode(ExecutionMode.RECORDING),
+        lambda: manager.set_execution_mode(ExecutionMode.AUTOPILOT, preempt=True),
+        lambda: asyncio.run(manager.aio.set_execution_mode("recording")),
+        manager.ensure_vlm_loaded,
+        manager.migrate_clip_to_gpu,
+        lambda: manager.vlm().__enter__(),
     ):
         with pytest.raises(errors.CardHeld, match="whisper"):
             takes_the_room()
-    assert outside.set_execution_mode(ExecutionMode.IDLE).granted
-    assert outside.get_status().execution_mode is ExecutionMode.IDLE
+    answer = world.session().post(f"{world.front.url}/api/generate", json=PROMPT)
+    assert (answer.status_code, answer.headers["GPU-FSM-Error"]) == (503, "card_held")
+    manager.ensure_vlm_unloaded()
+    manager.migrate_clip_to_cpu()
     assert not world.resident
+    assert world.card.held_mib("clip") == 0.0
+    assert beat(gateway, lease).json()["kept"]
     end(gateway, lease)
-    until(lambda: not httpx.get(f"{gateway.url}/gpu-fsm/lease", trust_env=False).json()["leases"])
-    assert outside.set_execution_mode(ExecutionMode.RECORDING).granted
+    until(lambda: world.resident and manager.get_status().execution_mode is ExecutionMode.RECORDING)
+
+
+def test_one_who_leaves_while_something_loads_leaves_the_mode_behind() -> None:
+    """The mode is on its way and the request for room queued behind it: both are undone, in order."""
+    with street(load_s=0.8) as world:
+        gateway = world.gateway()
+        asked = world.manager.submit_execution_mode("recording")
+        until(lambda: world.asked("/api/generate"))
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{gateway.url}/gpu-fsm/lease",
+                json={"holder": "impatient", "needed_mib": 4000, "wait_s": 60},
+                trust_env=False,
+                timeout=0.2,
+            )
+        assert asked.result(PATIENCE_S).granted
+        world.manager.ensure_vlm_loaded()  # served after all that was asked before
+        assert world.manager.get_status().execution_mode is ExecutionMode.RECORDING
 
 
 def test_a_gateway_that_stops_gives_the_card_back(world: Street) -> None:

@@ -356,6 +356,45 @@ def test_a_path_cannot_be_judged_as_one_and_sent_as_another(world: Street) -> No
     assert "other:1b" not in world.ollama.loaded()
 
 
+@pytest.mark.parametrize("method", ["post", "Post", "pOST"])
+def test_a_method_in_small_letters_is_judged_as_what_it_becomes(world: Street, method: str) -> None:
+    """It goes on in capitals, so another model must not run by it."""
+    gateway = world.gateway(other_models="refuse")
+    body = json.dumps({**PROMPT, "model": "other:1b"}).encode()
+    head = f"{method} /api/generate HTTP/1.1\nConnection: close\nHost: 127.0.0.1:PORT\nContent-Length: {len(body)}"
+    assert raw(gateway, head, body) == 403
+    assert "other:1b" not in world.ollama.loaded()
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/api/create", "/api/tags"])
+def test_a_length_told_in_two_ways_is_refused(world: Street, path: str) -> None:
+    """Two servers in a row could each believe another one."""
+    before = len(world.ollama.log)
+    head = f"POST {path} HTTP/1.1\nHost: 127.0.0.1:PORT\nContent-Length: 5\nTransfer-Encoding: chunked"
+    assert raw(world.gateway(), head, b"3\r\nabc\r\n0\r\n\r\n") == 400
+    assert nothing_came_through(world, before)
+
+
+@contextlib.contextmanager
+def before(upstream: str, **options: Any) -> Iterator[Gateway]:
+    """A gateway before a server at `upstream` that may be anything."""
+    quick: dict[str, Any] = {"observe_timeout_s": 0.1, "unload_deadline_s": 0.2, "shed_deadline_s": 0.2}
+    config = GPUResourceConfig(ollama_url=upstream, vlm_model=VLM, clip_model=None, **quick)
+    with GPUResourceManager(config, vram_probe=SimulatedProbe(clock=RunningClock(), card=None)) as manager:
+        with Gateway(manager, GatewayConfig(listen="127.0.0.1:0", shutdown_s=0, **options)) as gateway:
+            yield gateway
+
+
+@pytest.mark.parametrize("path", ["/../secret", "/..", "/%2e%2e/secret", "/a/..%2F..%2fsecret", "/a/..\\..\\secret"])
+def test_no_path_leads_out_of_ollamas_part_of_a_server(path: str) -> None:
+    """Other things are behind the same address, and they would be asked with Ollama's credentials."""
+    with serving(http({"version": "0.32.15"})) as upstream:
+        with before(f"{upstream.url.replace('://', '://me:s3cret@')}/ollama") as gateway:
+            assert raw(gateway, f"GET {path} HTTP/1.1\nConnection: close\nHost: 127.0.0.1:PORT") == 400
+            assert raw(gateway, "GET /api/x..y HTTP/1.1\nConnection: close\nHost: 127.0.0.1:PORT") == 200
+        assert all(visit.line.split()[1].startswith("/ollama/api/") for visit in upstream.visits)
+
+
 # --- slow and silent clients ------------------------------------------------------------------------------------------
 
 
@@ -424,3 +463,12 @@ def test_more_connections_than_are_allowed_are_told_so(world: Street) -> None:
             stack.enter_context(dialled(gateway))
         until(lambda: len(gateway._server.server_state.connections) == 5)
         assert httpx.get(f"{gateway.url}/api/version", trust_env=False).status_code == 503
+
+
+def test_a_client_that_never_reads_its_answer_is_let_go(world: Street) -> None:
+    """Not only its request ends: its connection does too, though what it was sent still lies there."""
+    with serving(http({"text": "x" * 8_000_000})) as upstream, before(upstream.url, idle_client_s=0.3) as gateway:
+        with dialled(gateway) as connection:
+            connection.sendall(f"GET /api/x HTTP/1.1\r\nHost: 127.0.0.1:{gateway.port}\r\n\r\n".encode())
+            until(lambda: any("/api/x" in visit.line for visit in upstream.visits))
+            until(lambda: not gateway._server.server_state.connections)

@@ -10,21 +10,26 @@ for _library in ("httpx", "ollama", "openai", "starlette", "uvicorn"):
 
 import asyncio
 import base64
+import contextlib
+import functools
 import gc
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import httpx
 import ollama
 import openai
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_fsm import errors
-from gpu_fsm.intercept import needs
-from gpu_fsm.intercept.doors import aliases_of
+from gpu_fsm import GPUResourceConfig, errors
+from gpu_fsm.intercept import needs, requests_adapter
+from gpu_fsm.intercept.doors import Manager, Rules, aliases_of
+from gpu_fsm.intercept.httpx_transport import VLMTransport
 from gpu_fsm.intercept.needs import Ask, Need, read
 from tests.gateways import EMBEDDER, OTHER, VLM, Street, street
 from tests.waiting import in_thread, until
@@ -175,6 +180,33 @@ def test_an_ollama_on_loopback_is_known_by_its_three_names() -> None:
     """A client may say localhost where the settings say 127.0.0.1."""
     assert "http://localhost:11434" in aliases_of("http://127.0.0.1:11434")
     assert aliases_of("https://gpu.lan/ollama") == ("https://gpu.lan:443/ollama",)
+
+
+@pytest.mark.parametrize(
+    ("ollama_url", "asked_url", "is_ours"),
+    [
+        ("http://gpu.lan:80", "http://gpu.lan/api/chat", True),
+        ("http://gpu.lan:80", "http://gpu.lan:80/api/chat", True),
+        ("http://gpu.lan:80", "http://gpu.lan:8080/api/chat", False),
+        ("https://gpu.lan/ollama", "https://gpu.lan/ollama/api/chat", True),
+        ("https://gpu.lan/ollama", "https://GPU.lan:443/ollama/api/chat", True),
+        ("https://gpu.lan/ollama", "https://gpu.lan/ollama2/api/chat", False),
+        ("http://me:s3cret@gpu.lan:11434", "http://me:s3cret@gpu.lan:11434/api/chat", True),
+        ("http://127.0.0.1:11434", "http://me:s3cret@[::1]:11434/api/chat", True),
+        ("http://127.0.0.1:11434", "https://127.0.0.1:11434/api/chat", False),
+    ],
+)
+def test_ollama_is_known_however_its_address_is_written(ollama_url: str, asked_url: str, is_ours: bool) -> None:
+    """A port that goes without saying, credentials, capitals; and what only begins alike is somebody else's."""
+    remote: dict[str, Any] = {"allow_remote": True} if "lan" in ollama_url else {}
+    config = GPUResourceConfig(ollama_url=ollama_url, vlm_model=VLM, clip_model=None, **remote)
+    rules = Rules()
+    manager = cast("Manager", SimpleNamespace(config=config))
+    with requests_adapter.session(manager, rules) as session:
+        prepared = requests.Request("POST", asked_url).prepare()
+        assert isinstance(session.get_adapter(str(prepared.url)), requests_adapter.VLMAdapter) is is_ours
+    with contextlib.closing(VLMTransport(manager, rules)) as transport:
+        assert transport._door.is_ours(httpx.Request("POST", asked_url)) is is_ours
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -471,6 +503,46 @@ def test_decorated_coroutines_and_asynchronous_generators_do_the_same(world: Str
         await anext(left_over)  # the loop ends it
 
     asyncio.run(story())
+    assert world.leases() == ()
+
+
+def test_whatever_can_be_called_can_be_decorated_and_nothing_runs_without_its_lease(world: Street) -> None:
+    """Methods of every kind and objects; work that only begins after the return is refused, not done without."""
+    manager = world.manager
+
+    class Coroutine:
+        async def __call__(self) -> int:
+            return len(world.leases())
+
+    class Generated:
+        def __call__(self) -> Iterator[int]:
+            yield len(world.leases())
+
+    class Home:
+        @manager.needs_vlm
+        def method(self, a: int, b: int = 2, *, c: int = 3) -> tuple[int, ...]:
+            return a, b, c, len(world.leases())
+
+        @classmethod
+        @manager.needs_vlm
+        def of_class(cls) -> int:
+            return len(world.leases())
+
+        @staticmethod
+        @manager.needs_vlm
+        def static(a: int = 1) -> int:
+            return a + len(world.leases())
+
+    assert Home().method(1, c=4) == (1, 2, 4, 1)
+    assert (Home.of_class(), Home.static()) == (1, 2)
+    assert asyncio.run(manager.needs_vlm(Coroutine())()) == 1
+    assert list(manager.needs_vlm(Generated())()) == [1]
+    assert asyncio.run(manager.needs_vlm(functools.partial(Coroutine.__call__, Coroutine()))()) == 1
+    for kind in (Coroutine, Generated):
+        with pytest.raises(errors.BadArgument, match="after the lease has ended"):
+            manager.needs_vlm(lambda kind=kind: kind()())()
+    with pytest.raises(errors.BadArgument, match="below @classmethod"):
+        manager.needs_vlm(cast("Any", classmethod(lambda _: None)))
     assert world.leases() == ()
 
 

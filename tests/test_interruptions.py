@@ -92,7 +92,7 @@ class Points:
 
 def points_of(name: str, *, threaded: bool = False) -> int:
     """How many points an undisturbed operation passes."""
-    stage = Stage(threaded=threaded)
+    stage = OPERATIONS[name].stage(threaded=threaded)
     OPERATIONS[name].before(stage)
     with Points(stage) as points:
         OPERATIONS[name].act(stage)
@@ -129,7 +129,7 @@ def is_whole(stage: Stage) -> None:
 
 def cut_off(name: str, at: int, kind: type[BaseException]) -> None:
     """One story: `kind` is raised at a point of the operation."""
-    stage = Stage()
+    stage = OPERATIONS[name].stage()
     oracle = Oracle(stage.manager, stage.world)
     OPERATIONS[name].before(stage)
 
@@ -182,7 +182,7 @@ def exits_on_signal(kind: type[BaseException]) -> Iterator[Callable[[], None]]:
 
 def waiter_exits(name: str, at: int, kind: type[BaseException]) -> None:
     """One story: the waiting thread exits while the driver stands at a point."""
-    stage = Stage(threaded=True)
+    stage = OPERATIONS[name].stage(threaded=True)
     OPERATIONS[name].before(stage)
     left = threading.Event()
 
@@ -237,7 +237,7 @@ def test_an_exit_in_the_driver_s_own_thread_at_every_point_of(
     caplog.set_level("CRITICAL")
     points = thinned(range(points_of(name, threaded=True)))
     for at in points:
-        stage = Stage(threaded=True)
+        stage = OPERATIONS[name].stage(threaded=True)
         OPERATIONS[name].before(stage)
 
         def strike() -> None:

@@ -17,6 +17,7 @@ from gpu_fsm.errors import (
     LeaseHeld,
     LeaseLost,
     LeaseTimeout,
+    ManagerClosed,
     OperationTimeout,
     Superseded,
 )
@@ -407,6 +408,18 @@ def test_a_bad_time_out_is_refused(bad: Any) -> None:
         with pytest.raises(BadArgument, match="timeout_s"), lease(timeout_s=bad):
             pytest.fail("it was refused")
     assert models(manager) == []
+
+
+def test_whoever_waits_at_the_end_gets_an_error_of_his_own() -> None:
+    """A shared exception object would collect the tracebacks of all who raise it."""
+    book = LeaseBook(lambda: 0.0, lambda: None)
+    book.drain(["clip"])
+    waiting = [book.ask_clip(name) for name in ("one", "another")]
+    book.close(lambda: ManagerClosed(detail="closed"))
+    first, second = (future.exception(0) for future in waiting)
+    assert isinstance(first, ManagerClosed)
+    assert isinstance(second, ManagerClosed)
+    assert first is not second
 
 
 def test_a_lease_that_the_garbage_collector_gives_back_waits_for_nothing() -> None:

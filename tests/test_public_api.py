@@ -39,6 +39,7 @@ MANAGER = {
     "httpx_transport": "(self, *, holder: 'str' = '', other_models: 'OtherModels' = 'pass', "
     "timeout_s: 'float | None' = None) -> 'VLMTransport'",
     "journal": "property",
+    "lend": "(self, holder: 'str') -> 'Iterator[Loan]'",
     "migrate_clip_to_cpu": "(self, *, timeout_s: 'float | None' = None) -> 'None'",
     "migrate_clip_to_gpu": "(self, *, timeout_s: 'float | None' = None) -> 'None'",
     "needs_clip": "(self, function: 'Any' = None, /, *, holder: 'str' = '', timeout_s: 'float | None' = None) -> 'Any'",

@@ -20,7 +20,7 @@ from gpu_fsm import guards
 from gpu_fsm.leases import Holders, LeaseBook
 from gpu_fsm.steps import Steps
 from gpu_fsm.testing import scenario
-from gpu_fsm.testing.scenario import Dice, Summary
+from gpu_fsm.testing.scenario import Dice, Scenario, Summary
 from tests.counts import say
 from tests.waiting import ROOT
 
@@ -128,6 +128,25 @@ def test_a_violation_names_its_seed_and_its_commit(monkeypatch: pytest.MonkeyPat
         scenario.Violation, match=rf"seed {seed}, gpu_fsm \S+, commit \S+: .*\n.*--seeds {seed} --story"
     ):
         scenario.check(seed)
+
+
+def test_the_commit_of_somebody_else_s_repository_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is installed below another project's checkout names no commit of that project."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    author = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run(["git", "-C", str(tmp_path), *author, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(scenario, "__file__", str(tmp_path / "venv" / "lib" / "gpu_fsm" / "testing" / "scenario.py"))
+    assert scenario.commit() is None
+    monkeypatch.setattr(scenario, "__file__", str(tmp_path / "gpu_fsm" / "testing" / "scenario.py"))
+    assert len(scenario.commit() or "") == 40
+
+
+def test_a_process_that_is_killed_takes_no_broken_promise_with_it() -> None:
+    """What was seen before the kill counts."""
+    life = Scenario(0)
+    life.judge._broken("S1", "planted")
+    with pytest.raises(AssertionError, match="planted"):
+        life._die()
 
 
 def test_the_command_reports_in_json(capsys: pytest.CaptureFixture[str]) -> None:

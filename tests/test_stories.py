@@ -849,7 +849,7 @@ def test_a_manager_that_waits_to_close_fetches_nothing_back() -> None:
     assert manager.close() == ()
     assert world.clock.monotonic() - began < 31.0
     assert world.ollama.counts["loads"] == 1
-    assert "check-closing" in [record.row for record in manager.journal]
+    assert "check-outdated" in [record.row for record in manager.journal]
 
 
 def test_a_degraded_manager_that_waits_to_close_does_not_recover_first() -> None:
@@ -1097,7 +1097,7 @@ def test_ollama_is_restarted_and_nothing_is_loaded_on_the_way_out() -> None:
         world.clock.after(1.0, lambda: world.ollama.foreign_unload(world.vlm.name))
         loads = world.ollama.counts["loads"]
         manager.close()
-        assert "check-closing" in rows(machine)
+        assert "check-outdated" in rows(machine)
         assert world.ollama.counts["loads"] == loads
 
 
@@ -1164,3 +1164,33 @@ def test_a_close_that_was_torn_before_it_was_served_is_served() -> None:
     driver.mailbox.take()
     assert manager.close() == ()
     assert not world.vlm_resident()
+
+
+def test_recovery_does_not_go_for_a_mode_that_a_waiting_request_replaces() -> None:
+    """DEGRADED for RECORDING; AUTOPILOT waits for a lease: nobody wants the VLM any more."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, drain_timeout_s=30.0)
+    world.ollama.stop()
+    manager.set_execution_mode("recording")
+    world.ollama.start()
+    lease = manager.clip(holder="somebody")
+    elsewhere(lease.__enter__)
+    future = manager.submit_execution_mode("autopilot", preempt=True)
+    manager.drive_for(25.0)
+    assert not future.done()
+    assert world.ollama.counts["loads"] == 0
+    elsewhere(lambda: lease.__exit__(None, None, None))
+    manager.drive_for(5.0)
+    assert future.result(0).granted
+
+
+def test_a_part_that_was_accepted_is_not_taken_for_the_whole() -> None:
+    """The next load makes room for all of the VLM where CLIP can give it."""
+    world = SimulatedWorld(card_mib=6400.0)
+    manager = inline_manager(world, on_partial_offload="accept")
+    world.faults.arm("ollama.load", "partial", times=1)
+    assert manager.set_execution_mode("recording").granted
+    manager.set_execution_mode("autopilot")
+    world.card.take("game", 400.0)
+    manager.ensure_vlm_loaded()
+    assert world.vlm_held_mib() == world.vlm.size_mib

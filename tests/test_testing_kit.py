@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -11,12 +12,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_fsm import errors, testing
+from gpu_fsm import errors, guards, testing
+from gpu_fsm.engine import Engine
 from gpu_fsm.simulation import SimulatedWorld
-from gpu_fsm.status import ExecutionMode
+from gpu_fsm.status import ExecutionMode, State
+from gpu_fsm.steps import Steps
 from gpu_fsm.testing import assert_invariants, simulated_world, strategies
 from gpu_fsm.testing.oracle import Oracle
-from gpu_fsm.testing.simulated import MANAGER_SETTINGS, WORLD_OPTIONS, Simulation, inline_manager
+from gpu_fsm.testing.simulated import (
+    MANAGER_SETTINGS,
+    OTHER,
+    WORLD_OPTIONS,
+    Simulation,
+    inline_manager,
+    open_simulation,
+)
 from tests.waiting import ROOT, run_python
 
 
@@ -124,6 +134,74 @@ def test_clip_moves_weight_by_weight_and_somebody_looks_after_each() -> None:
             sim.check()
         sim.oracle.violations.clear()
         sim.clip.violations.clear()
+
+
+# --- what excuses nothing ---
+
+
+LONG_AGO: dict[str, Callable[[Simulation], object]] = {
+    "another client": lambda sim: sim.ollama.foreign_load(OTHER),
+    "a renewal that failed": lambda sim: sim.faults.arm("ollama.renew", "http_500"),
+    "a lie about what is loaded": lambda sim: sim.faults.arm("ollama.ps", "silent"),
+    "a card that could not be read": lambda sim: sim.faults.arm("probe.read", "unknown"),
+    "a load that failed": lambda sim: sim.faults.arm("ollama.load", "http_500"),
+}
+
+
+@pytest.mark.parametrize("broken", ["S3: RECORDING entered", "S4: the VLM is resident", "S5: ollama.load needs"])
+@pytest.mark.parametrize("what", LONG_AGO)
+def test_what_was_wrong_once_excuses_nothing_later(what: str, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged by what the last look can have shown, not by what ever happened in this world."""
+    later: list[bool] = []
+    real, why_not, shed = dict(guards.PREDICATES), guards.why_not, Steps.shed
+    for name, verdict in {"S3": {"placed": True, "lacks_vlm": False}, "S5": {"fits": True}}.get(broken[:2], {}).items():
+        monkeypatch.setitem(
+            guards.PREDICATES, name, lambda s, name=name, verdict=verdict: verdict if later else real[name](s)
+        )
+    monkeypatch.setattr(guards, "why_not", lambda s: None if later else why_not(s))
+    monkeypatch.setattr(Steps, "shed", lambda *args, **how: () if later else shed(*args, **how))
+
+    sim = open_simulation(card_mib=12288.0, idle_timeout_s=60.0)
+    LONG_AGO[what](sim)
+    sim.manager.set_execution_mode("recording")
+    with sim.manager.vlm():
+        sim.drive_for(100.0)
+    assert sim.faults.fired or what == "another client"
+    sim.manager.set_execution_mode("recording" if broken.startswith("S4") else "idle")
+    sim.manager.ensure_vlm_loaded()
+    if not broken.startswith("S4"):
+        sim.manager.ensure_vlm_unloaded()
+    sim.oracle.check()
+
+    later.append(True)
+    if not broken.startswith("S3"):
+        sim.neighbour_takes(sim.card.free_mib - 100.0)
+    if broken.startswith("S4"):
+        sim.drive_for(60.0)
+    else:
+        sim.manager.set_execution_mode("recording")
+    with pytest.raises(AssertionError, match=broken):
+        sim.oracle.check()
+
+
+@pytest.mark.parametrize(("mode", "effect"), [("recording", "clip.to_gpu"), ("autopilot", "ollama.load")])
+def test_what_a_preempting_request_does_without_may_not_be_acquired(
+    mode: str, effect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S6, also for the modes that need something, and also where somebody was superseded for it."""
+    monkeypatch.setattr(Engine, "_superseded", lambda self: False)
+    with pytest.raises(AssertionError, match=f"S6: {effect}"), simulated_world() as sim:
+        before = "recording" if mode == "autopilot" else "autopilot"
+        late: list[object] = []
+
+        def preempt(op: str, phase: str) -> None:
+            if not late and sim.oracle.engine.state is State.RELEASING:
+                late.append(sim.manager.submit_execution_mode(mode, preempt=True))
+
+        sim.world.on_io.append(preempt)
+        sim.manager.submit_execution_mode(before)
+        sim.manager.submit_execution_mode("idle")  # it is superseded, too
+        sim.drive_for(60.0)
 
 
 # --- imports ---

@@ -18,7 +18,7 @@ from gpu_fsm.agent.doors import AsyncDoor, BlockingDoor, Door, Manager, at_once
 from gpu_fsm.agent.memory import FusionEngine, Match, Verdict
 from gpu_fsm.agent.screens import Screen
 from gpu_fsm.agent.stopping import Stopped, Stopper
-from gpu_fsm.errors import GPUFSMError, ManagerClosed, one_line
+from gpu_fsm.errors import CardHeld, GPUFSMError, ManagerClosed, one_line
 from gpu_fsm.status import ExecutionMode, State
 
 if TYPE_CHECKING:
@@ -83,7 +83,11 @@ class ExecutionLoop:
         self._on_step = on_step
         self._memory_path = memory_path
         self._mode = ExecutionMode.IDLE
+        self._ask_again = False
+        """The manager could not be asked: the card was lent, or another manager's."""
         self.stopper = stopper or Stopper()
+        self.unsaved = False
+        """The last writing of the memory failed, so its file lacks something."""
 
     @property
     def mode(self) -> ExecutionMode:
@@ -198,12 +202,17 @@ class ExecutionLoop:
         return AsyncDoor(manager.aio)
 
     async def _set_mode(self, door: Door, mode: ExecutionMode) -> None:
-        self._mode = mode
-        with contextlib.suppress(GPUFSMError), self.stopper.cut():
-            await door.set_mode(mode)
+        self._mode, self._ask_again = mode, False
+        try:
+            with self.stopper.cut():
+                await door.set_mode(mode)
+        except GPUFSMError as error:
+            self._ask_again = isinstance(error, CardHeld)
 
     async def _handle(self, door: Door, screen: Screen, mode: ExecutionMode) -> Step:
         start = time.monotonic()
+        if self._ask_again:
+            await self._set_mode(door, self._mode)
         handler = self._record if mode is ExecutionMode.RECORDING else self._recognise
         try:
             facts = await handler(door, screen)
@@ -239,8 +248,10 @@ class ExecutionLoop:
         if self._memory_path is not None:
             try:
                 await door.do(self.memory.save, self._memory_path)
+                self.unsaved = False
             except OSError as error:
-                detail = f"remembered, but not saved: {one_line(error)}"
+                self.unsaved = True
+                detail = f"remembered, but not saved: {one_line(error.strerror or error)}"
                 return {"result": "recorded", "label": seen.label, "classification": seen, "detail": detail}
         return {"result": "recorded", "label": seen.label, "classification": seen}
 

@@ -106,7 +106,11 @@ def live(
     takes the picture instead of the package mss (extra `screen`).  Raises `ModuleNotFoundError` without that package,
     `BadArgument` where there is no screen to be seen.
     """
-    take = grab or _grabber(monitor)
+    # At once, and not with the first screen: before that a model may have been loaded for nothing.
+    return _looks(grab or _grabber(monitor), every_s, only_changes)
+
+
+def _looks(take: Callable[[], Image], every_s: float | Callable[[], float], only_changes: bool) -> Iterator[Screen]:
     last = b""
     pause = threading.Event()
     for number in itertools.count():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,20 @@ EXIT_CODES: dict[ExitCode, str] = {
     ExitCode.REFUSED: "the running manager said no; the output says why",
     ExitCode.INTERRUPTED: "interrupted from the keyboard; what was loaded has been given back",
 }
+
+
+class Number(click.FloatRange):
+    """A range of numbers; click's own lets `nan` through, which lies in none."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read the text; what lies outside fails as click has it."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{number} is not in the range {self._describe_range()}.", param, ctx)
+        return number
+
 
 config_option = click.option(
     "--config",

@@ -78,7 +78,8 @@ def _line(value: Value, width: int) -> Text:
 @config.command("init", short_help="Write a settings file with every setting, commented out.")
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 @click.option("--force", is_flag=True, help="Write it anew where there is one.")
-def init(path: Path | None, force: bool) -> int:
+@json_option
+def init(path: Path | None, force: bool, as_json: bool) -> int:
     """Write a settings file that holds every setting, its meaning and its default, all commented out.
 
     Without PATH it is the user's own file, which every command reads.
@@ -102,7 +103,7 @@ def init(path: Path | None, force: bool) -> int:
     except OSError as error:
         why = one_line(error.strerror or error)
         raise BadArgument(detail=f"{one_line(path)} cannot be written: {why}", remedy="Name another file.") from None
-    click.echo(str(path))
+    click.echo(json.dumps({"file": str(path)}, indent=2) if as_json else str(path))
     return ExitCode.FINE
 
 
@@ -159,6 +160,8 @@ def check(path: Path | None, as_json: bool, config_path: Path | None) -> int:
       gpu-fsm config check
       gpu-fsm config check gpu-fsm.toml --json
     """  # noqa: D301
+    if path is not None and config_path is not None:
+        raise click.UsageError("Give PATH or --config FILE, one of them.")
     loaded = load_app_config(path or config_path, go_on=True)
     if as_json:
         problems = [

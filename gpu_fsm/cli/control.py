@@ -10,14 +10,14 @@ from typing import Any
 import click
 
 from gpu_fsm.arguments import as_mode
-from gpu_fsm.cli.base import ExitCode, json_option
+from gpu_fsm.cli.base import ExitCode, Number, json_option
 
 _socket_option = click.option(
     "--socket", "path", type=click.Path(path_type=Path), metavar="FILE", help="Its control socket, where several run."
 )
 _timeout_option = click.option(
     "--timeout-s",
-    type=click.FloatRange(0.0, 4e6),
+    type=Number(0.0, 4e6),
     metavar="S",
     help="Stop waiting after this long; what was asked for goes on.  [default: wait]",
 )

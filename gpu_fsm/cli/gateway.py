@@ -20,7 +20,7 @@ from gpu_fsm.tickets import Outcome
 
 if TYPE_CHECKING:
     from gpu_fsm.appconfig import AppConfig, ControlConfig, Reloader
-    from gpu_fsm.gateway.serve import Gateway
+    from gpu_fsm.manager import GPUResourceManager
 
 
 @click.command("gateway", short_help="Ollama for other programs: the VLM is loaded when they need it.")
@@ -66,7 +66,7 @@ def gateway(listen: str | None, mode: str | None, config_path: Path | None, **se
             problem = os.strerror(error.errno)
             raise BadArgument(detail=f"{config.gateway.listen} cannot be used: {problem}") from None
         quiet = dict.fromkeys(("control", "gateway"), lambda _: None)
-        _control(config.control, server, stack, Reloader(config, read, **quiet, gpu=manager.reconfigure))
+        _control(config.control, manager, stack, Reloader(config, read, **quiet, gpu=manager.reconfigure))
         click.echo(f"gateway is listening on {server.url} for {config.gpu.vlm_model} at {config.gpu.ollama_url}")
         if wanted is not None:
             manager.submit_execution_mode(wanted).add_done_callback(_tell)
@@ -75,7 +75,7 @@ def gateway(listen: str | None, mode: str | None, config_path: Path | None, **se
     return 0
 
 
-def _control(config: ControlConfig, server: Gateway, stack: contextlib.ExitStack, reload: Reloader) -> None:
+def _control(config: ControlConfig, manager: GPUResourceManager, stack: contextlib.ExitStack, reload: Reloader) -> None:
     """Serve the control socket too; where there can be none, say so and go on."""
     if not config.enabled:
         return
@@ -83,7 +83,7 @@ def _control(config: ControlConfig, server: Gateway, stack: contextlib.ExitStack
 
     try:
         stack.enter_context(
-            ControlServer(server.considerate, config.socket_path, max_clients=config.max_clients, on_reload=reload)
+            ControlServer(manager, config.socket_path, max_clients=config.max_clients, on_reload=reload)
         )
     except (OSError, BadArgument) as error:
         if config.socket_path is not None:

@@ -60,6 +60,8 @@ def run(
     modes = (ExecutionMode.RECORDING, ExecutionMode.AUTOPILOT) if mode is None else (as_mode(mode),)
     if ExecutionMode.IDLE in modes:
         raise BadArgument(detail="in IDLE there is nothing to run", remedy="Use recording or autopilot.")
+    if config.gpu.clip_model is None:
+        raise BadArgument(detail="clip_model is none, and the agent knows screens by CLIP", remedy="Set clip_model.")
     from gpu_fsm.cli.running import run_agent
 
     def read() -> AppConfig:

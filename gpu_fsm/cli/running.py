@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpu_fsm.agent import (
@@ -24,6 +27,7 @@ from gpu_fsm.agent import (
     probe_image,
 )
 from gpu_fsm.appconfig import AgentConfig, AppConfig, ControlConfig, Reloader
+from gpu_fsm.cardlock import runtime_folder
 from gpu_fsm.cli.board import Board
 from gpu_fsm.errors import BadArgument, OllamaUnavailable, one_line
 from gpu_fsm.events import Event, StateChanged
@@ -54,32 +58,34 @@ def run_agent(
     """Run the agent over the screens of `source(interval_s)`, once for each of `modes`, with its control socket.
 
     Without Ollama or a GPU it goes on with what there is and says so.  SIGTERM ends it cleanly.  `read` gives the
-    settings anew when somebody asks from outside.  Returns 0, or 1 if a screen could not even be embedded.  Raises
-    `KeyboardInterrupt` after a SIGINT, when everything has been given back, `BadArgument` for a screen memory that
-    cannot be used, `ClipUnavailable` where CLIP cannot be loaded.
+    settings anew when somebody asks from outside.  Returns 0, or 1 if a screen could not even be embedded or the
+    memory not be saved.  Raises `KeyboardInterrupt` after a SIGINT, when everything has been given back, `BadArgument`
+    for a screen memory that cannot be used, `ClipUnavailable` where CLIP cannot be loaded.
     """
     agent = [config.agent]  # the one that holds now
     screens = source(lambda: agent[0].interval_s)
     counts: Counter[str] = Counter()
     states: list[State] = []
-    with Stopper() as stopper, Board(to_stderr=as_json) as board, contextlib.suppress(Stopped):
+    alone = _alone_with(config.agent.index_path)
+    with alone, Stopper() as stopper, Board(to_stderr=as_json) as board, contextlib.suppress(Stopped):
         if pull:
             with stopper.cut():
                 _pull(config.gpu, board)
         _work(config, agent, screens, modes, board, stopper, counts, states, read or (lambda: config))
     if as_json:
         report = {
-            "ok": not counts["failed"],
+            "ok": not counts["failed"] and not counts["unsaved"],
             "simulated": [],
             "states": [state.value for state in states],
             **{name: counts[name] for name in RESULTS},
         }
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
-        sys.stdout.write("  ".join(f"{name}: {counts[name]}" for name in RESULTS if counts[name]) + "\n")
+        done = "  ".join(f"{name}: {counts[name]}" for name in RESULTS if counts[name])
+        sys.stdout.write((done or "no screen was handled") + "\n")
     if stopper.signal is signal.SIGINT:
         raise KeyboardInterrupt
-    return 1 if counts["failed"] else 0
+    return 1 if counts["failed"] or counts["unsaved"] else 0
 
 
 def _work(
@@ -132,16 +138,53 @@ def _work(
         # The manager last: the others may still refuse.
         reload = Reloader(config, read, control=lambda _: None, agent=judge_by, gpu=manager.reconfigure)
         with _control(config.control, manager, loop, board, reload):
-            for mode in modes:
-                loop.set_mode(mode)
-                status = manager.get_status()
-                board.say(f"{mode.value}: {status.state.name}, CLIP on {status.clip_device}")
-                if status.cpu_only:
-                    board.say(f"  CPU only: {status.cpu_only_reason}")
-                if status.reason is not None:
-                    board.say(f"  {status.reason}")
-                for _ in loop.steps(screens):
-                    pass
+            try:
+                for mode in modes:
+                    loop.set_mode(mode)
+                    status = manager.get_status()
+                    board.say(f"{mode.value}: {status.state.name}, CLIP on {status.clip_device}")
+                    if status.cpu_only:
+                        board.say(f"  CPU only: {status.cpu_only_reason}")
+                    if status.reason is not None:
+                        board.say(f"  {status.reason}")
+                    for _ in loop.steps(screens):
+                        pass
+            finally:
+                _save_the_rest(loop, config.agent.index_path, board, counts)
+
+
+def _save_the_rest(loop: ExecutionLoop, path: Path | None, board: Board, counts: Counter[str]) -> None:
+    """Try once more where the last writing failed; what is lost for good must not look like a success."""
+    if path is None or not loop.unsaved:
+        return
+    try:
+        loop.memory.save(path)
+    except OSError as error:
+        counts["unsaved"] += 1
+        board.say(f"the screen memory {one_line(path)} cannot be saved: {one_line(error.strerror or error)}")
+
+
+@contextlib.contextmanager
+def _alone_with(path: Path | None) -> Iterator[None]:
+    """Keep other runs from this screen memory: each would write what it knows itself over what the other recorded."""
+    if path is None:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    with contextlib.ExitStack() as held:
+        # A place without locks costs nobody the run.  Beside the memory the lock's file would be left lying about.
+        with contextlib.suppress(OSError, NotImplementedError):
+            name = f"memory-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.lock"
+            lock = FileLock(runtime_folder() / name, mode=0o600, fallback_to_soft=False, preserve_lock_file=True)
+            try:
+                held.enter_context(lock.acquire(blocking=False))
+            except Timeout:
+                raise BadArgument(
+                    detail=f"the screen memory {one_line(path)} is in use by another run",
+                    remedy="End that one, or name another file.",
+                ) from None
+        yield
 
 
 def _limits(agent: AgentConfig, gpu: GPUResourceConfig) -> Limits:
@@ -179,7 +222,8 @@ def _fingerprint(clip: CLIPHost) -> Vector:
 def _hear(event: Event, board: Board, states: list[State], config: GPUResourceConfig) -> None:
     told = told_event(event)
     if told is not None:
-        board.say(told)
+        with contextlib.suppress(OSError):  # nobody reads any more: the agent's own next line ends the run for that
+            board.say(told)
     if isinstance(event, StateChanged):
         states.append(event.new)
         if event.new not in STEPS:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import click
 
+from gpu_fsm.cli.base import Number
 from gpu_fsm.errors import BadArgument, one_line
 
 
@@ -52,7 +53,7 @@ def _milliseconds(name: str, default: int, about: str) -> Callable[[Callable[...
 @_milliseconds("--reclaim-ms", 300, "From there until the memory is back.")
 @click.option(
     "--vram-mib",
-    type=click.FloatRange(0, 1e7),
+    type=Number(0, 1e7),
     metavar="MIB",
     default=8192.0,
     show_default=True,

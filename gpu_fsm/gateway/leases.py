@@ -1,8 +1,9 @@
 """The card, lent to programs that we do not manage: asked for, made, kept, and taken back.
 
-Room is made with the manager's own verbs: IDLE, which promises nothing; the VLM out; CLIP on the CPU.  While the card
-is lent the gateway refuses what would take the room again, and when the last lease has ended or its holder has been
-silent for its TTL, the mode that stood before is asked for again.
+Room is made with the manager's own verbs: IDLE, which promises nothing; the VLM out; CLIP on the CPU.  From then on the
+manager refuses what would take the room again, whoever asks for it, and the gateway also refuses other models.  When
+the last lease has ended or its holder has been silent for its TTL, the mode that was asked for before is asked for
+again.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, frozen
 
 from gpu_fsm.errors import BadArgument, CardHeld, GPUFSMError, InsufficientVRAM, LeaseTimeout, Refused, one_line
 from gpu_fsm.status import ExecutionMode, Hold
-from gpu_fsm.tickets import Outcome
 
 if TYPE_CHECKING:
+    from gpu_fsm.driver import Loan
     from gpu_fsm.manager import GPUResourceManager
 
 log = logging.getLogger("gpu_fsm")
@@ -67,11 +69,29 @@ def wish_of(given: object, *, ttl_s: float) -> Wish:
 
 
 @define(eq=False)
-class _Loan:
+class _Lease:
     id: str
     wish: Wish
     until: float
     alarm: asyncio.TimerHandle | None = None
+
+
+@define(eq=False)
+class _Before:
+    """What is to come back when the card does."""
+
+    loan: Loan
+    """The manager's promise to let nobody take the room."""
+    clip_up: bool
+    end: ExitStack
+    """Ends that promise."""
+    requests: int = 0
+    """Our own for a mode."""
+
+    @property
+    def moved_on(self) -> bool:
+        """Whether somebody has asked for a mode meanwhile; it can only have been IDLE."""
+        return self.loan.requests > self.requests
 
 
 class Lender:
@@ -79,29 +99,29 @@ class Lender:
 
     def __init__(self, manager: GPUResourceManager) -> None:
         self._manager = manager
-        self._loans: dict[str, _Loan] = {}
+        self._leases: dict[str, _Lease] = {}
         self._turn = asyncio.Lock()
         """Whoever makes room or takes it back; first come, first served."""
         self._changed = asyncio.Event()
         self._waiting = 0
-        self._before: tuple[ExecutionMode, bool] | None = None
-        """The mode to restore and whether CLIP was on the GPU; set while the card is lent or about to be."""
+        self._before: _Before | None = None
+        """Set while the card is lent or about to be."""
         self._room_mib: float | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def check_free(self) -> None:
-        """Raise `CardHeld`, naming the holders, while the card is lent.  The one method for any thread."""
+        """Raise `CardHeld`, naming the holders, while the card is lent."""
         if self._before is None:
             return
-        now, loans = time.monotonic(), tuple(self._loans.values())
+        now, leases = time.monotonic(), tuple(self._leases.values())
         holders = [
-            f"{loan.wish.holder} ({loan.wish.needed_mib:.0f} MiB, {max(0.0, loan.until - now):.0f} s left)"
-            for loan in loans
+            f"{lease.wish.holder} ({lease.wish.needed_mib:.0f} MiB, {max(0.0, lease.until - now):.0f} s left)"
+            for lease in leases
         ]
         raise CardHeld(
             detail=f"the card is lent to {', '.join(holders) or 'a program that waits for room'}",
             remedy="Ask again when the lease has ended.",
-            name=", ".join(loan.wish.holder for loan in loans),
+            name=", ".join(lease.wish.holder for lease in leases),
         )
 
     def told(self) -> list[dict[str, Any]]:
@@ -109,16 +129,19 @@ class Lender:
         now = time.monotonic()
         return [
             {
-                "holder": loan.wish.holder,
-                "needed_mib": loan.wish.needed_mib,
-                "ttl_s": loan.wish.ttl_s,
-                "expires_in_s": max(0.0, loan.until - now),
+                "holder": lease.wish.holder,
+                "needed_mib": lease.wish.needed_mib,
+                "ttl_s": lease.wish.ttl_s,
+                "expires_in_s": max(0.0, lease.until - now),
             }
-            for loan in self._loans.values()
+            for lease in self._leases.values()
         ]
 
     async def ask(self, wish: Wish) -> dict[str, Any]:
         """Make room and lend it.  Raises a refusal with figures where there is none within `wait_s`."""
+        total_mib = self._manager.get_status().vram.total_mib
+        if total_mib is not None:  # in vain nobody waits and nothing is given up
+            self._check(wish, total_mib, "there on the whole card")
         deadline = asyncio.get_running_loop().time() + wish.wait_s
         self._waiting += 1
         try:
@@ -129,7 +152,7 @@ class Lender:
                     except Refused as error:
                         left = deadline - asyncio.get_running_loop().time()
                         # With nothing lent and all of ours given up, waiting would only keep ours off the card.
-                        for_nothing = isinstance(error, InsufficientVRAM) and not self._loans
+                        for_nothing = isinstance(error, InsufficientVRAM) and not self._leases
                         if left <= 0 or for_nothing or not error.retryable:
                             raise
                         await self._pause(min(left, TRY_AGAIN_S))
@@ -139,9 +162,9 @@ class Lender:
 
     def beat(self, id_: str) -> dict[str, Any]:
         """The holder lives.  Says whether the room is still kept; raises `BadArgument` for a lease that has ended."""
-        loan = self._find(id_)
-        self._set_alarm(loan)
-        return self._state(loan)
+        lease = self._find(id_)
+        self._set_alarm(lease)
+        return self._state(lease)
 
     def end(self, id_: str) -> None:
         """The holder needs it no more; raises `BadArgument` for a lease that has ended."""
@@ -149,14 +172,16 @@ class Lender:
 
     def close(self) -> None:
         """The gateway stops: all leases end, and the mode is asked for again; the manager goes on without us."""
-        for loan in tuple(self._loans.values()):
-            if loan.alarm is not None:
-                loan.alarm.cancel()
-        self._loans.clear()
+        for lease in tuple(self._leases.values()):
+            if lease.alarm is not None:
+                lease.alarm.cancel()
+        self._leases.clear()
         before, self._before = self._before, None
-        if before is not None and self._manager.get_status().asked_mode is ExecutionMode.IDLE:
-            with contextlib.suppress(GPUFSMError):
-                self._manager.submit_execution_mode(before[0])
+        if before is not None:
+            before.end.close()
+            if not before.moved_on:
+                with contextlib.suppress(GPUFSMError):
+                    self._manager.submit_execution_mode(before.loan.mode)
 
     # --- making room and taking it back ---
 
@@ -171,7 +196,7 @@ class Lender:
             raise LeaseTimeout(
                 detail=f"{others} others wait for room on the card" if others else "the card is just changing hands",
                 remedy="Ask again, or with a longer wait_s.",
-                holders=tuple(loan.wish.holder for loan in self._loans.values()),
+                holders=tuple(lease.wish.holder for lease in self._leases.values()),
                 waited_s=wish.wait_s,
             ) from None
         try:
@@ -183,38 +208,51 @@ class Lender:
         """Give up what is ours on the card; returns what is free then, None where nobody can tell."""
         verbs, status = self._manager.aio, self._manager.get_status()
         if self._before is None:
-            self._before = (status.asked_mode, status.clip_device not in ("cpu", "none"))
-        if not self._loans:
+            end = ExitStack()
+            loan = end.enter_context(self._manager.lend(wish.holder))
+            self._before = _Before(loan, status.clip_device not in ("cpu", "none"), end)
+        if not self._leases:
+            self._before.requests += 1
             await verbs.set_execution_mode(ExecutionMode.IDLE)
             await verbs.ensure_vlm_unloaded()
             if status.clip_device != "none":
                 await verbs.migrate_clip_to_cpu()
             self._room_mib = self._manager.get_status().vram.free_mib
-        free, promised = self._room_mib, sum(loan.wish.needed_mib for loan in self._loans.values())
+        else:
+            await verbs.ensure_vlm_unloaded()  # for its look: somebody may have come to the card since
+        promised = sum(lease.wish.needed_mib for lease in self._leases.values())
+        room, free = self._room_mib, self._manager.get_status().vram.free_mib
+        if room is None or free is None:
+            return None
+        free = min(room - promised, free)
+        lent = f", {promised:.0f} MiB being lent" if promised else ""
+        self._check(wish, free, f"free with all of ours given up{lent}")
+        return free
+
+    def _check(self, wish: Wish, free_mib: float, what: str) -> None:
+        """Raise `InsufficientVRAM` where less than the wish and the reserve is there."""
         config = self._manager.config
-        if free is not None and wish.needed_mib + promised + config.reserve_mib > free:
-            lent = f" and {promised:.0f} MiB are lent" if promised else ""
+        if wish.needed_mib + config.reserve_mib > free_mib:
             raise InsufficientVRAM(
                 detail=(
                     f"{wish.holder} needs {wish.needed_mib:.0f} MiB and {config.reserve_mib:.0f} MiB are kept in "
-                    f"reserve, but only {free:.0f} MiB are free with all of ours given up{lent}"
+                    f"reserve, but only {free_mib:.0f} MiB are {what}"
                 ),
                 remedy="Ask for less, or wait (wait_s) until others give back.",
                 needed_mib=wish.needed_mib,
-                free_mib=free - promised,
+                free_mib=free_mib,
                 reserve_mib=config.reserve_mib,
-                holders=tuple(loan.wish.holder for loan in self._loans.values()),
+                holders=tuple(lease.wish.holder for lease in self._leases.values()),
             )
-        return free
 
     def _lend(self, wish: Wish, free_mib: float | None) -> dict[str, Any]:
-        loan = _Loan(secrets.token_urlsafe(16), wish, 0.0)
-        self._loans[loan.id] = loan
-        self._set_alarm(loan)
+        lease = _Lease(secrets.token_urlsafe(16), wish, 0.0)
+        self._leases[lease.id] = lease
+        self._set_alarm(lease)
         log.info("gpu_fsm: the card is lent to %s: %.0f MiB for %g s", wish.holder, wish.needed_mib, wish.ttl_s)
-        return {"id": loan.id, **self._state(loan), "free_mib": free_mib}
+        return {"id": lease.id, **self._state(lease), "free_mib": free_mib}
 
-    def _state(self, loan: _Loan) -> dict[str, Any]:
+    def _state(self, lease: _Lease) -> dict[str, Any]:
         status = self._manager.get_status()
         kept = (
             status.execution_mode is ExecutionMode.IDLE
@@ -222,34 +260,34 @@ class Lender:
             and status.clip_device in ("cpu", "none")
         )
         return {
-            "holder": loan.wish.holder,
-            "needed_mib": loan.wish.needed_mib,
-            "ttl_s": loan.wish.ttl_s,
+            "holder": lease.wish.holder,
+            "needed_mib": lease.wish.needed_mib,
+            "ttl_s": lease.wish.ttl_s,
             "kept": kept,
             "free_mib": status.vram.free_mib,
         }
 
-    def _set_alarm(self, loan: _Loan) -> None:
-        if loan.alarm is not None:
-            loan.alarm.cancel()
-        loan.until = time.monotonic() + loan.wish.ttl_s
-        loan.alarm = asyncio.get_running_loop().call_later(loan.wish.ttl_s, self._silent, loan)
+    def _set_alarm(self, lease: _Lease) -> None:
+        if lease.alarm is not None:
+            lease.alarm.cancel()
+        lease.until = time.monotonic() + lease.wish.ttl_s
+        lease.alarm = asyncio.get_running_loop().call_later(lease.wish.ttl_s, self._silent, lease)
 
-    def _silent(self, loan: _Loan) -> None:
-        log.warning("gpu_fsm: %s has been silent for %g s: its room goes back", loan.wish.holder, loan.wish.ttl_s)
-        self._drop(loan)
+    def _silent(self, lease: _Lease) -> None:
+        log.warning("gpu_fsm: %s has been silent for %g s: its room goes back", lease.wish.holder, lease.wish.ttl_s)
+        self._drop(lease)
 
-    def _find(self, id_: str) -> _Loan:
-        loan = self._loans.get(id_)
-        if loan is None:
+    def _find(self, id_: str) -> _Lease:
+        lease = self._leases.get(id_)
+        if lease is None:
             raise BadArgument(detail="no such lease: it has ended, or never was", remedy="Ask for a new one.")
-        return loan
+        return lease
 
-    def _drop(self, loan: _Loan) -> None:
-        if self._loans.pop(loan.id, None) is None:
+    def _drop(self, lease: _Lease) -> None:
+        if self._leases.pop(lease.id, None) is None:
             return
-        if loan.alarm is not None:
-            loan.alarm.cancel()
+        if lease.alarm is not None:
+            lease.alarm.cancel()
         self._changed.set()
         self._take_back_soon()
 
@@ -260,47 +298,26 @@ class Lender:
                 await self._changed.wait()
 
     def _take_back_soon(self) -> None:
-        if self._before is not None and not self._loans and not self._waiting:
+        if self._before is not None and not self._leases and not self._waiting:
             task = asyncio.get_running_loop().create_task(self._take_back())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _take_back(self) -> None:
-        """Ask for the mode that stood before, unless somebody is on the way to the room or has asked for another."""
+        """Ask for the mode that stood before, unless somebody is on the way to the room or has asked for IDLE."""
         async with self._turn:
-            if self._before is None or self._loans or self._waiting:
+            if self._before is None or self._leases or self._waiting:
                 return
-            (mode, clip_up), self._before, self._room_mib = self._before, None, None
+            before, self._before, self._room_mib = self._before, None, None
+            before.end.close()
+            mode = before.loan.mode
             try:
-                if self._manager.get_status().asked_mode is not ExecutionMode.IDLE:
+                if before.moved_on:
                     return
                 if mode is not ExecutionMode.IDLE:
                     outcome = await self._manager.aio.set_execution_mode(mode)
                     log.info("gpu_fsm: the card is back; %s is %s", mode.name, outcome.state.name)
-                elif clip_up:
+                elif before.clip_up:
                     await self._manager.aio.migrate_clip_to_gpu()
             except GPUFSMError as error:
                 log.warning("gpu_fsm: the card is back, but %s could not be restored: %s", mode.name, error)
-
-
-class ConsiderateManager:
-    """The manager for those who ask from outside: while the card is lent, what would take the room is refused."""
-
-    def __init__(self, manager: GPUResourceManager, lender: Lender) -> None:
-        self._manager, self._lender = manager, lender
-
-    def set_execution_mode(
-        self, mode: ExecutionMode, *, preempt: bool = False, timeout_s: float | None = None
-    ) -> Outcome:
-        """See the manager's; raises `CardHeld` for another mode than IDLE."""
-        if mode is not ExecutionMode.IDLE:
-            self._lender.check_free()
-        return self._manager.set_execution_mode(mode, preempt=preempt, timeout_s=timeout_s)
-
-    def ensure_vlm_loaded(self, *, timeout_s: float | None = None) -> None:
-        """See the manager's; raises `CardHeld`."""
-        self._lender.check_free()
-        self._manager.ensure_vlm_loaded(timeout_s=timeout_s)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._manager, name)

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import functools
+import re
 from collections.abc import AsyncIterator
 from urllib.parse import unquote, urlsplit
 
@@ -70,6 +71,8 @@ class Relay:
 
     async def _judge(self, client: Client) -> None:
         scope = client.scope
+        if {b"content-length", b"transfer-encoding"} <= {key for key, _ in scope["headers"]}:
+            raise BadArgument(detail="the request tells its length in two ways")
         url = self._url(scope)
         # The path as it goes on, not as it came: what is judged must be what Ollama is asked.
         path = unquote(url.raw_path.partition(b"?")[0].decode("ascii")).removeprefix(self._prefix)
@@ -119,6 +122,9 @@ class Relay:
         path = scope["raw_path"].decode("latin-1")
         if not path.startswith("/"):
             raise BadArgument(detail="the request names no path")
+        # Whoever resolves them, at whatever stage, they must not lead out of Ollama's own part of a server.
+        if not {".", ".."}.isdisjoint(re.split(r"[/\\]", unquote(path))):
+            raise BadArgument(detail="the request's path has dots for folders")
         query = scope["query_string"].decode("latin-1")
         try:
             return httpx.URL(f"{self._base}{path}{'?' + query if query else ''}")

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from gpu_fsm.appconfig import GatewayConfig
 from gpu_fsm.errors import InternalError
 from gpu_fsm.gateway.app import build_app
-from gpu_fsm.gateway.leases import ConsiderateManager, Lender
+from gpu_fsm.gateway.leases import Lender
 from gpu_fsm.manager import GPUResourceManager
 
 log = logging.getLogger("gpu_fsm")
@@ -37,11 +37,8 @@ class Gateway:
         self._socket = _listen(config)
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://{config.listen.rpartition(':')[0]}:{self.port}"
-        lender = Lender(manager)
-        self.considerate = ConsiderateManager(manager, lender)
-        """The manager for others who ask from outside: it respects who holds the card."""
         settings = uvicorn.Config(
-            build_app(manager, config, self.port, lender),
+            build_app(manager, config, self.port, Lender(manager)),
             http=_protocol(config.idle_client_s),
             ws="none",
             lifespan="on",
@@ -112,25 +109,31 @@ def _listen(config: GatewayConfig) -> socket.socket:
 
 
 def _protocol(head_timeout_s: float) -> type[asyncio.Protocol]:
-    """Uvicorn's HTTP/1.1 with a bound that it lacks: on the time until a request's head is there.
+    """Uvicorn's HTTP/1.1 with two bounds that it lacks.
 
-    Its own timer ends at the first byte, so a client could open connections, say a little or nothing, and keep them.
+    One on the time until a request's head is there: its own timer ends at the first byte, so a client could open
+    connections, say a little or nothing, and keep them.  The other on the time that a closed connection takes to end:
+    a client that does not read what was sent before the close would keep it as well.
     """
 
     class Bounded(H11Protocol):
         _head_alarm: asyncio.TimerHandle | None = None
+        _end_alarm: asyncio.TimerHandle | None = None
+        _was_closing = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._await_head()
+            self._await_end()
 
         def on_response_complete(self) -> None:
             self._await_head()
             super().on_response_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            if self._head_alarm is not None:
-                self._head_alarm.cancel()
+            for alarm in (self._head_alarm, self._end_alarm):
+                if alarm is not None:
+                    alarm.cancel()
             super().connection_lost(exc)
 
         def _await_head(self) -> None:
@@ -141,5 +144,13 @@ def _protocol(head_timeout_s: float) -> type[asyncio.Protocol]:
         def _head_late(self, last: Any) -> None:
             if self.cycle is last and not self.transport.is_closing():
                 self.transport.close()
+
+        def _await_end(self) -> None:
+            closing = self.transport.is_closing()
+            if closing and self._was_closing:
+                self.transport.abort()
+                return
+            self._was_closing = closing
+            self._end_alarm = self.loop.call_later(head_timeout_s, self._await_end)
 
     return Bounded

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing
 from typing import Any, Literal, TypeVar
 
+from gpu_fsm.errors import BadArgument, one_line
 from gpu_fsm.intercept.doors import Manager
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,9 +32,17 @@ def leased(
         return take(holder=name, timeout_s=timeout_s)
 
     def decorate(function: F) -> F:
+        if not callable(function):
+            raise BadArgument(
+                detail=f"{one_line(function, 60)} cannot be called",
+                remedy="Decorate the function itself, below @classmethod, @staticmethod or @property.",
+            )
+        # What an object does when it is called is told by its class.
+        plain = inspect.isroutine(function) or isinstance(function, functools.partial | type)
+        called = function if plain else type(function).__call__
         name = holder or str(getattr(function, "__qualname__", "")) or repr(function)
         made: Callable[..., Any]
-        if inspect.isasyncgenfunction(function):
+        if inspect.isasyncgenfunction(called):
 
             @functools.wraps(function)
             async def made(*args: Any, **options: Any) -> AsyncGenerator[Any, Any]:
@@ -53,14 +62,14 @@ def leased(
                         except BaseException as error:
                             pending = error
 
-        elif inspect.isgeneratorfunction(function):
+        elif inspect.isgeneratorfunction(called):
 
             @functools.wraps(function)
             def made(*args: Any, **options: Any) -> Generator[Any, Any, Any]:
                 with here(name):
                     return (yield from function(*args, **options))
 
-        elif inspect.iscoroutinefunction(function):
+        elif inspect.iscoroutinefunction(called):
 
             @functools.wraps(function)
             async def made(*args: Any, **options: Any) -> Any:
@@ -72,8 +81,20 @@ def leased(
             @functools.wraps(function)
             def made(*args: Any, **options: Any) -> Any:
                 with here(name):
-                    return function(*args, **options)
+                    return _done(function(*args, **options), name)
 
         return made  # type: ignore[return-value]
 
     return decorate
+
+
+def _done(result: Any, name: str) -> Any:
+    """A result as it is; work that would only begin after the lease has ended is refused rather than done without."""
+    if inspect.iscoroutine(result) or inspect.isgenerator(result):
+        result.close()
+    elif not inspect.isasyncgen(result):
+        return result
+    raise BadArgument(
+        detail=f"{name} returned a {type(result).__name__}, which would run after the lease has ended",
+        remedy="Decorate the coroutine function or generator itself.",
+    )

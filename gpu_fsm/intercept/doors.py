@@ -95,6 +95,12 @@ def aliases_of(base: str) -> tuple[str, ...]:
     return tuple(f"{parts.scheme}://{name}:{port}{parts.path.rstrip('/')}" for name in hosts)
 
 
+def origin_of(url: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port of an address; a port that goes without saying is said."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
 class Held:
     """What is given back when an answer has been read: by `close()`, or when `owner` is forgotten.
 

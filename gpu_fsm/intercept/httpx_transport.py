@@ -26,7 +26,7 @@ class _Door:
 
     def is_ours(self, request: httpx.Request) -> bool:
         """Whether it goes to the manager's Ollama."""
-        return _origin(request.url) in self._origins and request.url.path.startswith(self._prefix)
+        return _origin(request.url) in self._origins and request.url.path.startswith(f"{self._prefix}/")
 
     def path(self, request: httpx.Request) -> str:
         """Ollama's own path."""

@@ -57,7 +57,8 @@ class Ask:
 
 def may_run_a_model(method: str, path: str) -> bool:
     """Whether the body has to be read before the request may go on; `path` is decoded, without the query."""
-    return method == "POST" and path.startswith(("/api/", "/v1/")) and not _NO_MODEL_RUNS.fullmatch(path)
+    # In any case of letters: HTTP libraries send a `post` on as POST.
+    return method.upper() == "POST" and path.startswith(("/api/", "/v1/")) and not _NO_MODEL_RUNS.fullmatch(path)
 
 
 def read(

@@ -8,13 +8,13 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
+from requests.adapters import BaseAdapter, HTTPAdapter
 from requests.models import PreparedRequest, Response
 
 from gpu_fsm.arguments import default_holder
 from gpu_fsm.errors import GPUFSMError
 from gpu_fsm.intercept.answers import Answer, answer_for
-from gpu_fsm.intercept.doors import Held, Manager, Rules, admit, aliases_of, base_of
+from gpu_fsm.intercept.doors import Held, Manager, Rules, admit, aliases_of, base_of, origin_of
 
 
 class VLMAdapter(HTTPAdapter):
@@ -53,17 +53,31 @@ class VLMAdapter(HTTPAdapter):
         return _until_read(response, held)
 
 
-DoorSession = requests.Session
-
-
-def session(manager: Manager, rules: Rules, *, holder: str = "") -> requests.Session:
+class DoorSession(requests.Session):
     """A session whose requests to the manager's Ollama go through the door; all others go as ever."""
-    made = requests.Session()
+
+    def __init__(self, door: VLMAdapter, base: str) -> None:
+        super().__init__()
+        self._door, self._prefix = door, urlsplit(base).path
+        self._origins = frozenset(map(origin_of, aliases_of(base)))
+
+    def get_adapter(self, url: str) -> BaseAdapter:
+        """The door, however the address is written: with a port that goes without saying, or with credentials."""
+        # What is mounted is found by the first letters of an address; those of port 80 are also those of port 8080.
+        if origin_of(url) in self._origins and urlsplit(url).path.startswith(f"{self._prefix}/"):
+            return self._door
+        return super().get_adapter(url)
+
+    def close(self) -> None:
+        """Drop connections."""
+        self._door.close()
+        super().close()
+
+
+def session(manager: Manager, rules: Rules, *, holder: str = "") -> DoorSession:
+    """See `GPUResourceManager.requests_session`."""
     base = base_of(manager.config)
-    adapter = VLMAdapter(manager, rules, prefix=urlsplit(base).path, holder=holder)
-    for alias in aliases_of(base):
-        made.mount(alias, adapter)
-    return made
+    return DoorSession(VLMAdapter(manager, rules, prefix=urlsplit(base).path, holder=holder), base)
 
 
 def _body_of(request: PreparedRequest) -> bytes:

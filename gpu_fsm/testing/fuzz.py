@@ -13,11 +13,8 @@ import ast
 import builtins
 import contextlib
 import importlib
-import importlib.metadata
-import json
 import logging
 import platform
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -37,8 +34,8 @@ from gpu_fsm.errors import BadArgument, one_line
 from gpu_fsm.guards import PREDICATES
 from gpu_fsm.states import TABLE
 from gpu_fsm.status import State
+from gpu_fsm.testing.scenario import commit
 from gpu_fsm.testing.stateful import FAULTS, GPUStateMachine
-from gpu_fsm.testing.walk import DEFENSIVE
 
 BATCH = 25
 """Examples in a batch; small, so that a run of a minute has told many different beginnings."""
@@ -82,11 +79,11 @@ class FuzzReport:
         return int(bool(self.violation))
 
     def missing(self) -> dict[str, list[str]]:
-        """What was never taken, fired or decided that way; what is tagged as defensive is not asked for."""
+        """What was never taken, fired or decided that way."""
         seen = {f"{guard} is {verdict}" for guard, verdict in self.verdicts}
         return {
             "states": [state.name for state in State if state not in self.states],
-            "rows": [row for row in _rows() if not self.rows[row]],
+            "rows": [row.name for row in TABLE if not self.rows[row.name]],
             "guard_outcomes": [outcome for outcome in _outcomes() if outcome not in seen],
             "faults": [f"{op} {kind}" for op, kind in FAULTS if not self.faults[op, kind]],
         }
@@ -96,7 +93,7 @@ class FuzzReport:
         missing = self.missing()
         totals = {
             "states": len(State),
-            "rows": len(_rows()),
+            "rows": len(TABLE),
             "guard_outcomes": len(_outcomes()),
             "faults": len(FAULTS),
         }
@@ -407,29 +404,8 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def commit() -> str | None:
-    """The commit that this package was installed from, or is checked out at; None where nobody knows."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError, AttributeError):
-        origin = json.loads(importlib.metadata.distribution("gpu-fsm").read_text("direct_url.json") or "{}")
-        if found := origin.get("vcs_info", {}).get("commit_id"):
-            return str(found)
-    root = Path(__file__).resolve().parent.parent.parent
-    if not (root / ".git").exists():
-        return None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--match="]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    return None
-
-
-def _rows() -> list[str]:
-    """The rows that a run should take: all that are not tagged as defensive."""
-    return [row.name for row in TABLE if row.name not in DEFENSIVE]
-
-
 def _outcomes() -> list[str]:
-    both = [f"{guard} is {verdict}" for guard in PREDICATES for verdict in (True, False)]
-    return [outcome for outcome in both if outcome not in DEFENSIVE]
+    return [f"{guard} is {verdict}" for guard in PREDICATES for verdict in (True, False)]
 
 
 @contextlib.contextmanager
@@ -443,4 +419,4 @@ def _quiet() -> Iterator[None]:
         log.disabled = before
 
 
-__all__ = ["FuzzReport", "commit", "fuzz", "load_machine", "program", "replay", "versions"]
+__all__ = ["FuzzReport", "fuzz", "load_machine", "program", "replay", "versions"]

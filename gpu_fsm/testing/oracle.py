@@ -46,15 +46,22 @@ class Oracle:
         self.futures: list[Future[Any]] = []
         self.inputs = 0
         """Requests and wishes for the VLM that were posted: what loads are counted against.  Tests may add to it."""
-        self.nothing_to_acquire_for = False
-        """A preempting request for IDLE was the last word: nothing may be acquired any more."""
+        self.unwanted: frozenset[str] = frozenset()
+        """What the last preempting request does without, and nobody has asked for since: it may not be acquired."""
         self._running: list[str] = []
         journal = manager.journal
         self._records = journal[0].n - 1 if journal else 0
         self._moved = 0
         self._loads_before = self._loads_logged()
+        self._loads = 0
+        """Sent since the step began; what follows the first is another try."""
         self._seen_free_mib = world.card.free_mib
-        self._seen_resident = world.vlm_resident()
+        self._probe_faults = 0
+        self._blind = False
+        """The last look at the card met a fault."""
+        self._listed = world.vlm_resident()
+        self._log_length = 0
+        self._shown = frozenset({world.vlm_resident()})
         world.on_io.append(self.on_io)
         manager.subscribe(self._entered, StateChanged)
         self._watch_posts()
@@ -93,10 +100,19 @@ class Oracle:
     def _posted(self, ticket: Ticket) -> None:
         self.futures.append(ticket.future)
         self.inputs += ticket.wants_vlm
-        if ticket.preempt and ticket.mode in (None, ExecutionMode.IDLE):  # None: a close
-            self.nothing_to_acquire_for = True
-        elif ticket.mode is not ExecutionMode.IDLE and ticket.kind != "vlm_unwanted":
-            self.nothing_to_acquire_for = False
+        wants = {"ollama.load"} if ticket.wants_vlm else set()
+        if ticket.mode is ExecutionMode.AUTOPILOT or (ticket.kind == "migrate_clip" and ticket.place == "gpu"):
+            wants.add("clip.to_gpu")
+        if not ticket.preempt:
+            self.unwanted -= wants
+            return
+        self.unwanted = unwanted = ACQUIRING - wants
+
+        def refused(done: Future[Any]) -> None:
+            if (done.cancelled() or done.exception() is not None) and self.unwanted is unwanted:
+                self.unwanted = frozenset()  # what stood before stands again
+
+        ticket.future.add_done_callback(refused)
 
     @property
     def engine(self) -> Any:
@@ -117,12 +133,16 @@ class Oracle:
             )
         if "mixed" in (self.manager.get_clip_device(), status.clip_device):
             self._broken("12", f"{op}: CLIP is said to be on two devices")
-        if phase == "after":
-            # What the manager could see; the world may change between this and what it does about it.
-            if op == "probe.read":
-                self._seen_free_mib = self.world.card.free_mib
-            elif op == "ollama.ps":
-                self._seen_resident = self.world.vlm_resident()
+        # What the manager could see; the world may change between this and what it does about it.
+        if op == "probe.read" and phase == "before":
+            self._probe_faults = self._faults_of("probe.read")
+        elif op == "probe.read":
+            self._seen_free_mib = self.world.card.free_mib
+            self._blind = self._faults_of("probe.read") > self._probe_faults
+        elif op == "ollama.ps" and phase == "before":
+            self._listed, self._log_length = self._lists_the_vlm(), len(self.world.ollama.log)
+        elif op == "ollama.ps":
+            self._note_the_listing()
         if op in EFFECTS:
             if phase == "before":
                 self._begin(op, status.leases)
@@ -130,6 +150,8 @@ class Oracle:
                 self._weight_moved(op, status.leases)
             elif phase == "after" and op in self._running:
                 self._running.remove(op)
+        if phase == "after":
+            self._loads = self._loads + (op == "ollama.load") if self.engine.state is State.LOADING else 0
         if self.world.card.used_mib > self.world.card.total_mib:
             self._broken("ledger", f"{self.world.card!r} is over-full")
 
@@ -145,8 +167,8 @@ class Oracle:
         if op.startswith("clip.to") and "clip" in held:
             self._broken("S10", f"{op} under a CLIP lease")
         if op in ACQUIRING:
-            if self.nothing_to_acquire_for:
-                self._broken("S6", f"{op} after a preempting request for IDLE")
+            if op in self.unwanted:
+                self._broken("S6", f"{op} after a preempting request that does without")
             self._room(op)
 
     def _weight_moved(self, op: str, leases: Iterable[Any]) -> None:
@@ -160,47 +182,59 @@ class Oracle:
     def _closing(self) -> bool:
         return self.manager._driver.mailbox.closed
 
+    def _faults_of(self, op: str) -> int:
+        return sum(count for (broken, _), count in self.world.faults.fired.items() if broken == op)
+
+    def _lists_the_vlm(self) -> bool:
+        """Whether an honest `/api/ps` lists it now: also where its runner is dead, and on 0.24 while it loads."""
+        ollama = self.world.ollama
+        loading = [ollama._load.runner] if ollama._load is not None and ollama._load.listed else []
+        return any(runner.model.name == self.world.vlm.name for runner in (*ollama._runners, *loading))
+
+    def _note_the_listing(self) -> None:
+        asked = [entry for entry in self.world.ollama.log[self._log_length :] if entry.op == "ollama.ps"]
+        for entry in asked:
+            if entry.client == "us" and entry.fault in ("silent", "html"):
+                self._shown = frozenset({True, False})
+            elif entry.client == "us" and entry.fault in ("", "late") and entry.status == 200:
+                self._shown = frozenset({self._listed, self._lists_the_vlm()})
+
+    def shown(self, resident: bool) -> bool:
+        """Whether the last answer to `/api/ps` may have said so; what has changed since then is nobody's fault."""
+        return resident in self._shown
+
     def _renewal_became_a_load(self) -> bool:
-        """`/api/ps` lists dead runners, and 0.24 also those that load: a renewal of these starts or joins a load."""
+        """The model was listed, dead, loading or about to go: a renewal of such a one starts or joins a load."""
         journal = self.manager.journal
-        return bool(journal) and journal[-1].row == "renew" and (self.hearsay() or self._retrying())
+        return bool(journal) and journal[-1].row == "renew" and self.shown(True)
 
     def _room(self, op: str) -> None:
         """S5: the snapshot had room; here the world's own figures say whether that can have been true."""
         card, world = self.world.card, self.world
-        if not world.gpu or any(op.startswith("probe") for op, _ in world.faults.fired) or card.lost:
+        if not world.gpu or self._blind or card.lost:
             return
         need = world.vlm.size_mib if op == "ollama.load" else world.clip.needed_mib
-        if op == "ollama.load" and (world.vlm_held_mib() or self._retrying()):
+        if op == "ollama.load" and (world.vlm_held_mib() or self._loads):
             return
         free_mib = max(card.free_mib, self._seen_free_mib)
         if free_mib < need:
             self._broken("S5", f"{op} needs {need:.0f} MiB, {free_mib:.0f} were free")
 
-    def _retrying(self) -> bool:
-        return bool(self.world.faults.fired)
-
     # --- on entering a state ---
 
     def _entered(self, event: Event) -> None:
         assert isinstance(event, StateChanged)
-        if event.new not in STANDING or self.engine.state is not event.new or self.hearsay():
+        if self.engine.state is not event.new:
+            return
+        if event.new is State.DEGRADED:
+            self.degraded_placement()
+        if event.new not in STANDING:
             return
         plan = self.engine._standing.plan
         if plan.clip is not None and plan.clip != self.world.clip.place:
             self._broken("S3", f"{event.new.name} entered with CLIP on the {self.world.clip.place}")
-        if plan.vlm is not None and plan.vlm not in (self.world.vlm_resident(), self._seen_resident):
+        if plan.vlm is not None and plan.vlm is not self.world.vlm_resident() and not self.shown(plan.vlm):
             self._broken("S3", f"{event.new.name} entered with the VLM {'in' if not plan.vlm else 'out'}")
-
-    def hearsay(self) -> bool:
-        """Ollama lies, also by listing a dead runner, or others are at work: what was seen need not be so any more.
-
-        Where renewals were lost, Ollama's own timer may end the VLM between a look and what follows from it.
-        """
-        fired = self.world.faults.fired
-        lies = ("ollama.ps", "silent") in fired
-        lies = lies or any(kind == "runner_dies" or op == "ollama.renew" for op, kind in fired)
-        return lies or any(entry.client != "us" for entry in self.world.ollama.log)
 
     # --- after every step of a story ---
 
@@ -215,7 +249,7 @@ class Oracle:
         self.futures = [future for future in self.futures if not future.done()]
         for violation in self.world.clip.violations:
             self._broken("S10", violation)
-        self._loads()
+        self._loads_paid_for()
         if self.violations:
             raise AssertionError("\n".join(self.violations))
 
@@ -239,12 +273,13 @@ class Oracle:
     def degraded_placement(self) -> None:
         """S4, right after entering DEGRADED: the safe placement, or a list of what is left."""
         status = self.manager.get_status()
-        if status.state is not State.DEGRADED or self.hearsay():
+        if status.state is not State.DEGRADED:
             return
         leftovers = " ".join(status.leftovers)
         if self.world.clip.place == "gpu" and "CLIP" not in leftovers:
             self._broken("S4", "CLIP is on the GPU in DEGRADED and not listed")
-        if self.world.vlm_resident() and self.world.vlm.name not in leftovers and self.world.ollama.up:
+        resident = self.world.vlm_resident() and not self.shown(False)
+        if resident and self.world.vlm.name not in leftovers and self.world.ollama.up:
             self._broken("S4", "the VLM is resident in DEGRADED and not listed")
 
     def _journal(self) -> None:
@@ -281,7 +316,7 @@ class Oracle:
         if self._moved > MOST_TRANSITIONS:
             self._broken("L3", f"{self._moved} transitions for one input, the last by {record.row}")
 
-    def _loads(self) -> None:
+    def _loads_paid_for(self) -> None:
         """L4: loads are paid for by requests, recoveries and re-assertions."""
         loads = self._loads_logged() - self._loads_before
         reasons = self.inputs + sum(self.rows_taken[row] for row in ("recover", "check-reassert", "renew"))

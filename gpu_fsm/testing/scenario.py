@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import contextvars
 import hashlib
+import importlib.metadata
 import json
 import random
 import subprocess
@@ -32,22 +33,19 @@ from attrs import define, field, frozen
 
 from gpu_fsm import errors
 from gpu_fsm.engine import JournalRecord
-from gpu_fsm.events import Event, IdleUnload
+from gpu_fsm.events import IdleUnload
 from gpu_fsm.manager import GPUResourceManager
 from gpu_fsm.ollama import OllamaManager
 from gpu_fsm.simulation import KINDS, SimulatedCLIP, SimulatedWorld
 from gpu_fsm.simulation.card import DRIVER
 from gpu_fsm.simulation.clip import CLIP_OWNER, CONTEXT_OWNER
 from gpu_fsm.states import STANDING, TABLE
-from gpu_fsm.status import ExecutionMode, Hold, State
+from gpu_fsm.status import ExecutionMode, Hold
 from gpu_fsm.testing.oracle import Oracle
+from gpu_fsm.testing.simulated import MODES, WAIT_S
 
 T = TypeVar("T")
 
-MODES = (ExecutionMode.IDLE, ExecutionMode.RECORDING, ExecutionMode.AUTOPILOT)
-
-WAIT_S = 1000.0
-"""Longer than every deadline together: a call that takes longer has hung."""
 
 CONVERGE_MARGIN_S = 5.0
 """Beyond the back-off's cap and the time of one load: the asked mode must be back by then."""
@@ -156,39 +154,15 @@ class _Judge(Oracle):
 
     room_changed = False
     """Somebody has moved on the card since the last look at it: no room then is nobody's fault."""
-    server_changed = False
-    """Ollama has gone since its last answer, and took what it told of with it."""
-    sick = False
-    """A runner has died or stopped, and Ollama does not know: it lists the dead."""
-    loads = 0
-    """Sent since the step began; what follows the first is another try."""
 
     def on_io(self, op: str, phase: str) -> None:
-        if phase == "before":
-            if op == "probe.read":
-                self.room_changed = False
-            elif op == "ollama.ps":
-                self.server_changed = self.sick
+        if phase == "before" and op == "probe.read":
+            self.room_changed = False
         super().on_io(op, phase)
-        if phase == "after":
-            if self.engine.state is not State.LOADING:
-                self.loads = 0
-            elif op == "ollama.load":
-                self.loads += 1
-
-    def _entered(self, event: Event) -> None:
-        super()._entered(event)
-        if self.engine.state is State.DEGRADED:
-            self.degraded_placement()
 
     def _room(self, op: str) -> None:
-        if not self.room_changed and not self.loads and not self._renewal_became_a_load():
+        if not self.room_changed and not self._renewal_became_a_load():
             super()._room(op)
-
-    def hearsay(self) -> bool:
-        """Also: 0.24 lists a model that is still loading."""
-        loading = self.world.ollama.old and not self.world.vlm_resident() and self.world.vlm_held_mib() > 0
-        return self.server_changed or loading or super().hearsay()
 
 
 class Scenario:
@@ -300,7 +274,6 @@ class Scenario:
         server = OllamaManager(config, clock=world.clock, transport=world.transport, jitter=self.dice.random)
         self.manager = GPUResourceManager(config, **world.ports(server), threaded=False)
         self.judge = _Judge(self.manager, world)
-        self.judge.sick = self.sick
         world.on_io.append(self._io)
 
     def _end_manager(self) -> None:
@@ -314,6 +287,7 @@ class Scenario:
         """SIGKILL: nothing is given back by us; the driver takes what the process held, Ollama keeps what it has."""
         self._tell("the process is killed, another one begins")
         self.killed = True
+        assert not self.judge.violations, "\n".join(self.judge.violations)
         actors = tuple(self.actors)
         self._end_manager()
         for actor in actors:
@@ -415,14 +389,13 @@ class Scenario:
         self.world.ollama.foreign_generate(self.world.vlm.name)
 
     def _ollama_restarts(self) -> None:
-        self.judge.server_changed = True
         self.world.ollama.stop(kill=self.dice.chance(0.5))
         self.world.ollama.start(starting_s=self.dice.pick((0.0, 3.0)))
         if self.dice.chance(0.5):
             self.world.ollama.reap_orphans()
 
     def _runner_dies(self) -> None:
-        self.sick = self.judge.sick = self.judge.server_changed = True
+        self.sick = True
         if self.dice.chance(0.7):
             self.world.ollama.kill_runner()
         else:
@@ -441,7 +414,6 @@ class Scenario:
         self._tell(f"    {part} goes")
         self.out.add(part)
         if part == "ollama":
-            self.judge.server_changed = True
             self.world.ollama.stop(kill=self.dice.chance(0.5))
         for fault in PARTS[part]:
             self.world.faults.arm(*fault, times=None)
@@ -499,15 +471,7 @@ class Scenario:
             self.driving = False
 
     def _submit(self, mode: ExecutionMode, preempt: bool) -> Future[Any]:
-        judge = self.judge
-        future = self.manager.submit_execution_mode(mode, preempt=preempt)
-
-        def refused(done: Future[Any]) -> None:
-            if done.cancelled() or done.exception() is not None:
-                judge.nothing_to_acquire_for = False  # what stood before stands again
-
-        future.add_done_callback(refused)
-        return future
+        return self.manager.submit_execution_mode(mode, preempt=preempt)
 
     def _await(self, future: Future[Any], timeout_s: float = WAIT_S) -> Any:
         return self._ours(lambda: self.manager._driver.wait(future, timeout_s), patient=timeout_s < WAIT_S)
@@ -652,8 +616,7 @@ class Scenario:
         world = self.world
         world.faults.heal()
         if self.sick or any(kind == "runner_dies" for _, kind in world.faults.fired):
-            self.judge.server_changed = True
-            self.sick = self.judge.sick = False
+            self.sick = False
             world.ollama.stop()  # else it lists the dead until somebody asks for them
         world.ollama.start()
         world.ollama.reap_orphans()
@@ -864,19 +827,28 @@ class Summary:
 
 def named(report: Report) -> str:
     """A violation with all that is needed to see it again."""
-    package = Path(__file__).resolve().parent.parent
     return (
-        f"seed {report.seed}, gpu_fsm {sys.modules['gpu_fsm'].__version__}, commit {commit(package)}: "
+        f"seed {report.seed}, gpu_fsm {sys.modules['gpu_fsm'].__version__}, commit {commit() or 'unknown'}: "
         f"{report.violation}\n  python -m gpu_fsm.testing.scenario --seeds {report.seed} --story"
     )
 
 
-def commit(folder: Path) -> str:
-    """The commit that `folder` is checked out from, `+` where it has been changed since; `unknown` outside of git."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--match=", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10.0).stdout.strip()
-    return "unknown"
+def commit() -> str | None:
+    """The commit that this package is checked out at, or was installed from; None where nobody knows.
+
+    `-dirty` says that it has been changed since.  A repository round the folder that it is installed in is another's.
+    """
+    root = Path(__file__).resolve().parent.parent.parent
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--match="]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10.0)
+            return done.stdout.strip() or None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError, AttributeError):
+        origin = json.loads(importlib.metadata.distribution("gpu-fsm").read_text("direct_url.json") or "{}")
+        if found := origin.get("vcs_info", {}).get("commit_id"):
+            return str(found)
+    return None
 
 
 def run(seed: int, *, operations: int = 10) -> Report:

@@ -26,6 +26,7 @@ from gpu_fsm.manager import GPUResourceManager
 from gpu_fsm.ollama import OllamaManager
 from gpu_fsm.settings import GPUResourceConfig
 from gpu_fsm.simulation import Faults, SimulatedCard, SimulatedCLIP, SimulatedClock, SimulatedOllama, SimulatedWorld
+from gpu_fsm.status import ExecutionMode
 from gpu_fsm.testing.oracle import Oracle
 
 NEIGHBOUR = "game"
@@ -33,6 +34,11 @@ NEIGHBOUR = "game"
 
 OTHER = "other"
 """A second model that Ollama has; other clients use it."""
+
+MODES = (ExecutionMode.IDLE, ExecutionMode.RECORDING, ExecutionMode.AUTOPILOT)
+
+WAIT_S = 1000.0
+"""Longer than every deadline together: a call that takes longer has hung."""
 
 JOURNAL_SIZE = 100_000
 """The journal is judged without gaps, so it must not forget anything between two looks."""

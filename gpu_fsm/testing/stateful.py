@@ -45,15 +45,10 @@ from gpu_fsm.simulation import KINDS, SimulatedWorld
 from gpu_fsm.states import STANDING
 from gpu_fsm.status import ExecutionMode, State
 from gpu_fsm.testing.oracle import Oracle
-from gpu_fsm.testing.simulated import NEIGHBOUR, OTHER, inline_manager
-
-MODES = (ExecutionMode.IDLE, ExecutionMode.RECORDING, ExecutionMode.AUTOPILOT)
-
-WAIT_S = 1000.0
-"""Longer than every deadline together: a call that takes longer has hung."""
+from gpu_fsm.testing.simulated import MODES, NEIGHBOUR, OTHER, WAIT_S, inline_manager
 
 FAULTS = sorted((op, kind) for op, kinds in KINDS.items() for kind in kinds if op in {
-    "ollama.load", "ollama.unload", "ollama.generate", "ollama.ps", "ollama.tags", "ollama.renew",
+    "ollama.load", "ollama.unload", "ollama.generate", "ollama.ps", "ollama.tags", "ollama.show", "ollama.renew",
     "clip.to_gpu", "clip.to_cpu", "clip.encode", "probe.read",
 } and kind != "gpu_lost")  # fmt: skip
 """Every fault that the manager's own calls can meet; a lost GPU never heals, so it has rules of its own."""
@@ -327,7 +322,7 @@ class GPUStateMachine(RuleBasedStateMachine):
         self.note("ensure_loaded")
         ensure = lambda: self.manager.ensure_vlm_loaded(timeout_s=WAIT_S)  # noqa: E731
         if self._ours(ensure if myself else lambda: elsewhere(ensure)):
-            assert self.world.vlm_resident() or self.oracle.hearsay(), "10: told loaded, and it is not"
+            assert self.world.vlm_resident() or self.oracle.shown(True), "10: told loaded, and it is not"
 
     @rule(myself=st.booleans())
     def ensure_unloaded(self, myself: bool) -> None:
@@ -335,7 +330,7 @@ class GPUStateMachine(RuleBasedStateMachine):
         self.note("ensure_unloaded")
         ensure = lambda: self.manager.ensure_vlm_unloaded(timeout_s=WAIT_S)  # noqa: E731
         if self._ours(ensure if myself else lambda: elsewhere(ensure)):
-            assert not self.world.vlm_resident() or self.oracle.hearsay(), "11: told gone, and it is in"
+            assert not self.world.vlm_resident() or self.oracle.shown(False), "11: told gone, and it is in"
 
     @rule(place=st.sampled_from(("gpu", "cpu")), myself=st.booleans())
     def migrate(self, place: str, myself: bool) -> None:
@@ -501,6 +496,9 @@ class GPUStateMachine(RuleBasedStateMachine):
                 return [record], self._generate
             case "ollama.tags":
                 return [idle, unload], record if way else load
+            case "ollama.show":
+                # Only an old Ollama is asked, and only until it has answered once: by a new manager.
+                return [self._restart], lambda: self._ask(ExecutionMode.RECORDING if way else "load")
             case "clip.to_gpu":
                 return [record, idle], automate if way else up
             case "clip.to_cpu":
@@ -733,6 +731,10 @@ class GPUStateMachine(RuleBasedStateMachine):
         if blind:
             self.troubled = True
             self.world.faults.arm("ollama.ps", "hang", times=None)
+        self._restart()
+        self.troubled = True
+
+    def _restart(self) -> None:
         leftovers = self.manager.close()
         self.oracle.check()
         if self.world.clip.place == "gpu":
@@ -742,7 +744,6 @@ class GPUStateMachine(RuleBasedStateMachine):
         self._count()
         self.oracle.leave()
         self._start_manager()
-        self.troubled = True
         self.agent_starts()
 
     # --- helpers ---

@@ -25,8 +25,7 @@ from gpu_fsm.states import STEPS, TABLE
 from gpu_fsm.status import ExecutionMode, Hold, State
 from gpu_fsm.testing.explore import Exploration, Story, Violation, search
 from gpu_fsm.testing.oracle import EFFECTS, Oracle
-
-MODES = (ExecutionMode.IDLE, ExecutionMode.RECORDING, ExecutionMode.AUTOPILOT)
+from gpu_fsm.testing.simulated import MODES, WAIT_S
 
 DEFENSIVE: dict[str, str] = {
     "idle-degraded": "timers are a function of the state, and DEGRADED has no idle timer: for one that is late",
@@ -36,9 +35,6 @@ DEFENSIVE: dict[str, str] = {
     "has_previous is True": "decides on nothing but aborted-back",
 }
 """Rows, states and guard outcomes that no story here can take, each with the reason why it is there all the same."""
-
-WAIT_S = 1000.0
-"""Longer than every deadline together: a call that takes longer has hung."""
 
 
 # --- what counts ---
