@@ -6,7 +6,9 @@ that stay in their state move nothing and are not drawn.
 
 from __future__ import annotations
 
-from gpu_fsm.states import IDLE, STEPS, TABLE, Row
+from typing import Any
+
+from gpu_fsm.states import IDLE, PROMISES, STEPS, TABLE, Row
 from gpu_fsm.status import State
 
 
@@ -32,6 +34,22 @@ def detail() -> str:
             for source in row.sources
         ]
     )  # fmt: skip
+
+
+def facts() -> dict[str, Any]:
+    """The same as plain JSON types: `states` with what each promises, `rows` in the order in which they are tried."""
+    rows = [
+        {
+            "name": row.name,
+            "trigger": row.trigger,
+            "sources": [source.name for source in row.sources],
+            "dest": row.dest and row.dest.name,
+            "guards": list(row.guards),
+            "note": row.note,
+        }
+        for row in TABLE
+    ]
+    return {"initial": IDLE.name, "states": {state.name: PROMISES[state] for state in State}, "rows": rows}
 
 
 def _label(row: Row) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from gpu_fsm import __version__, diagrams
 from gpu_fsm.cli import EXIT_CODES, ExitCode, main
 from gpu_fsm.errors import BadArgument, ClipUnavailable, OllamaUnavailable
 from gpu_fsm.settings import settings_table
+from gpu_fsm.states import PROMISES, TABLE
 from gpu_fsm.status import ExecutionMode
 
 SECRET = "s3cret-canary"
@@ -43,6 +45,14 @@ def test_the_diagram_is_that_of_the_running_definition(capsys: pytest.CaptureFix
     assert capsys.readouterr().out == diagrams.overview()
     assert main(["diagram", "--detail"]) == ExitCode.FINE
     assert capsys.readouterr().out == diagrams.detail()
+
+
+def test_the_diagram_as_json_is_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """States with their promises, rows in their order: enough to draw another picture."""
+    assert main(["diagram", "--json"]) == ExitCode.FINE
+    facts = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in facts["rows"]] == [row.name for row in TABLE]
+    assert facts["states"] == {state.name: promise for state, promise in PROMISES.items()}
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["diagram", "--help"], ["demo", "--help"], ["run", "--help"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -27,8 +28,10 @@ def simulated(*options: str) -> Iterator[str]:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            found = re.search(r"http://\S+", line)
+            found = re.search(r"http://[^\s\"]+", line)
             assert found, process.stderr.read() if process.stderr else line
+            if "--json" in options:
+                assert json.loads(line)["url"] == found[0]
             yield found[0]
         finally:
             process.terminate()
@@ -51,7 +54,7 @@ MODELS = ("--model", "tiny-a=2", "--model", "tiny-b=2", "--model", "big-c=1000",
 @pytest.mark.parametrize("version", ["0.24", "0.32"])
 def test_the_live_suite_passes_on_the_simulated_server_and_leaves_it_as_it_was(version: str) -> None:
     """Nothing skipped, nothing failed; one model pinned and one with a timer are so afterwards."""
-    with simulated("--version", version, *MODELS) as url, requests.Session() as session:
+    with simulated("--version", version, "--json", *MODELS) as url, requests.Session() as session:
         session.trust_env = False
         for name, keep_alive in (("tiny-b", -1), ("tiny-a", 3000)):
             session.post(f"{url}/api/generate", json={"model": name, "keep_alive": keep_alive}, timeout=30)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpu_fsm.cli.base import ExitCode, json_option
+from gpu_fsm.cli.base import ExitCode, Number, json_option
 
 if TYPE_CHECKING:
     from gpu_fsm.testing.walk import Walked
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--faults", type=click.IntRange(0, 10), metavar="N", help="Most things that are wrong at once.  [default: 1]"
 )
 @click.option(
-    "--seconds", type=click.FloatRange(0, 1e6, min_open=True), metavar="N", help="Stop after so long.  [default: never]"
+    "--seconds", type=Number(0, 1e6, min_open=True), metavar="N", help="Stop after so long.  [default: never]"
 )
 @click.option("--thorough", is_flag=True, help="Also two leases, leases in trouble, every kind of fault: hours.")
 @click.option("--stories", is_flag=True, help="Print the shortest story to every row of the table.")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpu_fsm.cli.base import ExitCode, json_option
+from gpu_fsm.cli.base import ExitCode, Number, json_option
 from gpu_fsm.errors import BadArgument
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command("fuzz", short_help="Tell random stories in a simulated world and look for one that breaks a promise.")
-@click.option(
-    "--seconds", type=click.FloatRange(0, 1e6, min_open=True), metavar="N", help="For so long.  [default: 60]"
-)
+@click.option("--seconds", type=Number(0, 1e6, min_open=True), metavar="N", help="For so long.  [default: 60]")
 @click.option("--examples", type=click.IntRange(1), metavar="N", help="So many stories of 30 rules, however long.")
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Decides the stories.  [default: any, and told]")
 @click.option("--machine", "name", metavar="MODULE:CLASS", help="Your own subclass of gpu_fsm.testing.GPUStateMachine.")

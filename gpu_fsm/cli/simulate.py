@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Sequence
 
 import click
 
-from gpu_fsm.cli.base import Number
+from gpu_fsm.cli.base import Number, json_option
 from gpu_fsm.errors import BadArgument, one_line
 
 
@@ -76,6 +77,7 @@ def _milliseconds(name: str, default: int, about: str) -> Callable[[Callable[...
     metavar="KIND=RATE",
     help="Have this share of the requests go wrong: http_503=0.1, or only at one operation: load.oom=0.5.",
 )
+@json_option
 def simulate_ollama(
     port: int,
     version: str,
@@ -87,8 +89,9 @@ def simulate_ollama(
     pullables: tuple[tuple[str, float], ...],
     pull_ms: int,
     faults: tuple[tuple[str, float], ...],
+    as_json: bool,
 ) -> int:
-    """Serve a simulated Ollama over HTTP on 127.0.0.1 until it is interrupted.
+    """Serve a simulated Ollama over HTTP on 127.0.0.1 until it is interrupted; says its address when it is ready.
 
     It answers like the real server of that version, errors and timing included.  A num_ctx that fits neither on the
     card nor in 32 GiB of main memory is a load that runs out of memory.
@@ -115,6 +118,12 @@ def simulate_ollama(
         SimulatedModel(name=name, size_mib=mib, load_s=load_ms / 1e3, trained_context=1 << 20)
         for name, mib in models or (("qwen2.5vl:7b", 6144.0),)
     ]
+
+    def tell(line: str) -> None:
+        url = line.rpartition(" ")[2]
+        about = {"url": url, "simulated": True, "version": version, "models": [model.name for model in served]}
+        click.echo(json.dumps(about))
+
     try:
         return run_server(
             port,
@@ -126,6 +135,7 @@ def simulate_ollama(
             faults=switches,
             registry=[SimulatedModel(name=name, size_mib=mib, load_s=load_ms / 1e3) for name, mib in pullables],
             pull_s=pull_ms / 1e3,
+            say=tell if as_json else None,
         )
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
