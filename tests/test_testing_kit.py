@@ -340,3 +340,46 @@ def test_a_story_is_a_program(story: strategies.Story) -> None:
     program = str(story).replace("as sim:", "as sim:\n    worlds.append(sim)")
     exec(program, {"worlds": worlds})
     assert told == [(record.at, record.row) for record in worlds[0].manager.journal]
+
+
+def test_what_another_client_loads_later_in_degraded_is_not_held_against_the_manager() -> None:
+    """S4 is about the moment in which DEGRADED is entered.  A fuzz run (seed 107) told this story."""
+    machine = testing.GPUStateMachine()
+    try:
+        machine.begin(
+            gpu=True,
+            version="0.32.15",
+            clip=True,
+            on_shortage="degrade",
+            card_mib=6400.0,
+            on_partial_offload="reload",
+            reclaim_s=0.3,
+            idle_timeout_s=20.0,
+            troubles={"faults", "neighbours", "moments", "others"},
+            tells_holders=True,
+        )
+        machine.every_promise_is_kept()
+        machine.take_lease(model="vlm")
+        machine.every_promise_is_kept()
+        machine.break_something(delay_s=1.0, fault=("clip.encode", "after"), skip=0, times=1)
+        machine.every_promise_is_kept()
+        machine.heal()
+        machine.every_promise_is_kept()
+        machine.fill_the_card(leased=False, left_mib=0.0, mode=ExecutionMode.IDLE)
+        machine.every_promise_is_kept()
+        machine.request_in_a_step(at=0, first=ExecutionMode.IDLE, op="", preempt=False, then=ExecutionMode.IDLE)
+        machine.every_promise_is_kept()
+        machine.neighbour_gives()
+        machine.every_promise_is_kept()
+        machine.meet_a_moment(healed=False, long=True, moment="lease_half_way", wish=False)
+        machine.every_promise_is_kept()
+        machine.work()
+        machine.every_promise_is_kept()
+        machine.work()
+        machine.every_promise_is_kept()
+        machine.other_client(what="load")
+        machine.every_promise_is_kept()
+        machine.request(mode=ExecutionMode.AUTOPILOT, myself=False, preempt=False)
+        machine.every_promise_is_kept()
+    finally:
+        machine.teardown()

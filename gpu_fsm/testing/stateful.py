@@ -211,7 +211,6 @@ class GPUStateMachine(RuleBasedStateMachine):
         )
         outcome = self._outcome(future)
         assert not promised or (outcome and outcome.granted), f"L1: {mode.name} without cause: {future!r} {outcome}"
-        self.oracle.degraded_placement()
 
     @rule(asked=st.lists(st.tuples(modes, st.booleans()), min_size=2, max_size=6))
     def burst(self, asked: list[tuple[ExecutionMode, bool]]) -> None:
@@ -262,7 +261,6 @@ class GPUStateMachine(RuleBasedStateMachine):
         ensure = lambda: self._ours(lambda: self.manager.ensure_vlm_loaded(timeout_s=WAIT_S))  # noqa: E731
         with self._in_a_step(op, at, lambda: self._happens(what, fault)):
             elsewhere(ensure if first is None else lambda: self._outcome(self._submit(first)))
-        self.oracle.degraded_placement()
 
     def _happens(self, what: str, fault: tuple[str, str]) -> None:
         world, manager = self.world, self.manager
@@ -470,7 +468,6 @@ class GPUStateMachine(RuleBasedStateMachine):
         self.troubled = True
         self.world.faults.arm(*fault, times=times)
         self._ours(action)
-        self.oracle.degraded_placement()
         self.agent_works()
         if healed:
             self.world.faults.heal()
@@ -576,7 +573,6 @@ class GPUStateMachine(RuleBasedStateMachine):
                 self._lease_for("clip", lease_s)
                 world.ollama.foreign_unload(world.vlm.name)
                 manager.drive_for(manager.config.check_interval_s + 1.0)
-        self.oracle.degraded_placement()
         if healed:
             world.faults.heal()
 
@@ -635,7 +631,6 @@ class GPUStateMachine(RuleBasedStateMachine):
             self.world.card.take(NEIGHBOUR, max(0.0, self.world.card.free_mib - left_mib))
             config = self.manager.config
             self.manager.drive_for(config.check_interval_s * 2 + config.pressure_s)
-        self.oracle.degraded_placement()
         self.agent_works()
 
     @rule()
@@ -667,7 +662,6 @@ class GPUStateMachine(RuleBasedStateMachine):
         """The manager goes on by itself."""
         self.note("time_passes")
         self.manager.drive_for(seconds)
-        self.oracle.degraded_placement()
 
     @rule(mode=modes)
     def converge(self, mode: ExecutionMode) -> None:
