@@ -383,3 +383,29 @@ def test_what_another_client_loads_later_in_degraded_is_not_held_against_the_man
         machine.every_promise_is_kept()
     finally:
         machine.teardown()
+
+
+def test_a_refused_preempting_request_leaves_what_stood_wanted() -> None:
+    """S6 ends with the refusal, also where an equal request came behind it (fuzz seed 107)."""
+    machine = testing.GPUStateMachine()
+    try:
+        machine.begin(
+            gpu=True,
+            clip=True,
+            card_mib=6400.0,
+            tells_holders=False,
+            version="0.32.15",
+            on_shortage="degrade",
+            on_partial_offload="reload",
+            idle_timeout_s=20.0,
+            troubles={"outages"},
+            reclaim_s=0.3,
+        )
+        machine.request(mode=ExecutionMode.RECORDING, preempt=False, myself=False)
+        machine.stop_ollama(kill=False)
+        machine.take_lease(model="clip")
+        machine.burst(asked=[(ExecutionMode.AUTOPILOT, True), (ExecutionMode.AUTOPILOT, False)])
+        machine.nobody_uses_it()
+        machine.every_promise_is_kept()
+    finally:
+        machine.teardown()

@@ -104,7 +104,8 @@ class Oracle:
         if ticket.mode is ExecutionMode.AUTOPILOT or (ticket.kind == "migrate_clip" and ticket.place == "gpu"):
             wants.add("clip.to_gpu")
         if not ticket.preempt:
-            self.unwanted -= wants
+            if self.unwanted & wants:  # else the same set stays, by which its own request knows it
+                self.unwanted -= wants
             return
         self.unwanted = unwanted = ACQUIRING - wants
 
