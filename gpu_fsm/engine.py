@@ -47,6 +47,8 @@ from gpu_fsm.tickets import Group, Mailbox, Outcome, Ticket, newest
 
 log = logging.getLogger("gpu_fsm")
 
+_VLM_STATES = {Answer.YES: ModelState.LOADED, Answer.NO: ModelState.UNLOADED, Answer.UNKNOWN: ModelState.UNKNOWN}
+
 
 @frozen(kw_only=True)
 class JournalRecord:
@@ -103,6 +105,9 @@ class Engine:
             observer=self._observer,
             superseded=self._superseded,
             tell=owner.tell,
+        )
+        self._simulated = tuple(
+            name for name, port in (("ollama", server), ("clip", clip), ("card", probe)) if port.simulated
         )
         self.journal: deque[JournalRecord] = deque(maxlen=config.journal_size)
         self._records = 0
@@ -232,16 +237,17 @@ class Engine:
     def observe(self, trigger: str, facts: Mapping[str, Any]) -> Snapshot:
         """Build the one snapshot of an event.  `fault` and `shed` reuse the last look."""
         ticket: Ticket | None = facts.get("ticket")
+        state = self.state
         if trigger not in ("fault", "shed"):
             wants_vlm = trigger == "vlm_wanted" or (ticket is not None and ticket.wants_vlm)
-            quiet = trigger == "check" and self.state in STABLE
+            quiet = trigger == "check" and state in STABLE
             self._observer.look(
-                catalog=wants_vlm or self.state is State.DEGRADED, quiet=quiet, patient=ticket is not None
+                catalog=wants_vlm or state is State.DEGRADED, quiet=quiet, patient=ticket is not None
             )
         snapshot = self._snapshot_of(trigger, ticket)
         if isinstance(guards.why_not(snapshot), errors.InsufficientVRAM):
             snapshot = attrs.evolve(snapshot, seen=self._observer.look_at_holders())
-        if self.state in STABLE and trigger not in ("fault", "shed"):
+        if state in STABLE and trigger not in ("fault", "shed"):
             # Counting leases and closing the gate is one step; `_finish_event` opens it again.  What ends after this
             # moment was not counted here, so it has to wake who waits.
             if ticket is not None:
@@ -264,14 +270,14 @@ class Engine:
         return snapshot
 
     def _snapshot_of(self, trigger: str, ticket: Ticket | None) -> Snapshot:
-        config, now = self.config, self._clock.monotonic()
+        config, now, state = self.config, self._clock.monotonic(), self.state
         idle_due = self._leases.last_vlm_use + config.idle_timeout_s
         while self._reassertions and self._reassertions[0] < now - config.reassert_window_s:
             self._reassertions.popleft()
-        stays = self.state in STANDING and trigger in ("check", "renew")
+        stays = state in STANDING and trigger in ("check", "renew")
         snapshot = Snapshot(
             trigger=trigger,
-            state=self.state,
+            state=state,
             mode=self.mode,
             asked=ticket.mode if ticket else None,
             hold=self._standing.hold,
@@ -279,7 +285,7 @@ class Engine:
             aim=self._standing if stays else self._aim,
             seen=self._observer.seen,
             # Recovery by itself heeds the last failure; a person who asks again gets a try.
-            vlm_needed_mib=self._observer.vlm_needed_mib(after_failure=ticket is None and self.state is State.DEGRADED),
+            vlm_needed_mib=self._observer.vlm_needed_mib(after_failure=ticket is None and state is State.DEGRADED),
             reserve_mib=config.reserve_mib,
             returning_mib=self._steps.returning_mib(self._observer.seen.vram),
             floor_mib=config.floor_mib,
@@ -300,7 +306,7 @@ class Engine:
             model_missing=self._model_missing(),
             leftovers=bool(self._leftovers) and not self._hands_off(),
         )
-        if self.state in STABLE and not stays:
+        if state in STABLE and not stays:
             snapshot = attrs.evolve(snapshot, aim=self._aim_of(trigger, ticket, snapshot))
         return snapshot
 
@@ -737,24 +743,24 @@ class Engine:
 
     def publish(self) -> None:
         """Replace the status by one that tells everything."""
-        seen, residency = self._observer.seen, self._observer.seen.residency
+        seen, residency, state = self._observer.seen, self._observer.seen.residency, self.state
         model = residency.ours
         size, source = self._observer.vlm_size()
         listed = residency.answer is Answer.YES and not seen.vlm_dead
-        vlm_ready = self._standing.plan.vlm is True and listed and self.state in STANDING
+        vlm_ready = self._standing.plan.vlm is True and listed and state in STANDING
         self._leases.vlm_ready(seen.at + 2 * self.config.check_interval_s if vlm_ready else float("-inf"))
         present = seen.vram.present
         self._owner.publish(
             GPUResourceStatus(
                 execution_mode=self.mode,
                 asked_mode=self.asked_mode,
-                state=self.state,
+                state=state,
                 since_at=self._since,
                 reason=self._reason,
                 hold=self._standing.hold,
                 vram=seen.vram,
                 vlm_model=self._server.model,
-                vlm_state=self._vlm_state(),
+                vlm_state=self._vlm_state(state),
                 vlm_size_mib=size,
                 vlm_size_vram_mib=model.size_vram_mib if model else None,
                 vlm_size_source=source,
@@ -769,23 +775,19 @@ class Engine:
                 leftovers=self._leftovers,
                 timers=tuple(TimerInfo(name=name, due_at=due) for name, due in sorted(self.timers().items())),
                 observed_at=seen.at if self._observer.looked else None,
-                simulated=tuple(
-                    name
-                    for name, port in (("ollama", self._server), ("clip", self._clip), ("card", self._probe))
-                    if port.simulated
-                ),
+                simulated=self._simulated,
             )
         )
 
-    def _vlm_state(self) -> ModelState:
+    def _vlm_state(self, state: State) -> ModelState:
         answer = self._observer.seen.residency.answer
-        if self.state is State.LOADING:
+        if state is State.LOADING:
             return ModelState.LOADING
         if self._observer.seen.vlm_dead:
             return ModelState.UNKNOWN
-        if self.state in (State.RELEASING, State.SHEDDING) and answer is Answer.YES and self._aim.plan.vlm is False:
+        if state in (State.RELEASING, State.SHEDDING) and answer is Answer.YES and self._aim.plan.vlm is False:
             return ModelState.UNLOADING
-        return {Answer.YES: ModelState.LOADED, Answer.NO: ModelState.UNLOADED}.get(answer, ModelState.UNKNOWN)
+        return _VLM_STATES[answer]
 
     def _proof(self) -> str:
         if not self._observer.looked:
@@ -984,12 +986,13 @@ class Engine:
 
     def timers(self) -> dict[str, float]:
         """Every armed timer and when it is due."""
-        if self.state not in STABLE:
+        state = self.state
+        if state not in STABLE:
             return {}
         armed = {"check": self._check_at}
         if self.waiting:
             armed["drain"] = self._drain_due()
-        if self.state is State.DEGRADED:
+        if state is State.DEGRADED:
             armed["recover"] = self._recover_at
             return armed
         leased = self._leases.vlm_held
