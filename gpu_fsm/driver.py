@@ -90,6 +90,8 @@ class Driver:
         self.closed = False
         self._drive_lock = threading.Lock()
         self._driving: int | None = None
+        self._torn = False
+        """The last drive did not come to its end: a KeyboardInterrupt, or a defect of ours."""
         self.engine = Engine(
             config,
             server=server,
@@ -303,10 +305,14 @@ class Driver:
         with self._drive_lock:
             try:
                 self._driving = threading.get_ident()
-                if self.engine.torn:
-                    self.engine.resume()  # the last drive was cut off by a KeyboardInterrupt
-                    self._after()
+                if self._torn:  # the last drive was cut off by a KeyboardInterrupt
+                    if self.engine.torn:
+                        self.engine.resume()
+                        self._after()
+                    self._refuse(self.mailbox.put_back(self.mailbox.lost(self.engine.waiting)))
+                self._torn = True
                 yield
+                self._torn = False
             finally:
                 self._driving = None
         if not self.threaded:
@@ -328,13 +334,12 @@ class Driver:
             engine.fault(self._reports.pop(0))
             return True
         if engine.waiting and self.mailbox.head_preempts():
-            self._refuse(engine.drop_waiting())
+            self._refuse(engine.waiting)
+            engine.drop_waiting()
         if engine.waiting_is_due():
             engine.deliver(engine.waiting)
             return self._after()
         group = self.mailbox.take_of_a_holder() if engine.waiting else self.mailbox.take()
-        if not group and self._closing is not None and self._lost(self._closing):
-            group = (self._closing,)
         if group:
             engine.deliver(group)
             return self._after()
@@ -346,10 +351,6 @@ class Driver:
             self._mind_the_card()
             return self._after()
         return False
-
-    def _lost(self, close: Ticket) -> bool:
-        """Whether Ctrl-C came between taking the close out of the mailbox and serving it."""
-        return self.mailbox.closed and not len(self.mailbox) and not self.engine.waiting and not close.future.done()
 
     def _mind_the_card(self) -> None:
         """After a look in a standing mode: whose card it is."""
@@ -374,7 +375,7 @@ class Driver:
         return min(self.engine.timers().values(), default=None)
 
     def _has_work(self) -> bool:
-        if self.engine.torn or self._new_config is not None or self._reports or self.engine.waiting_is_due():
+        if self._torn or self._new_config is not None or self._reports or self.engine.waiting_is_due():
             return True
         if len(self.mailbox) and (not self.engine.waiting or self.mailbox.head_preempts() or self.mailbox.has_a_holder):
             return True

@@ -153,9 +153,9 @@ class Engine:
 
     def deliver(self, group: Group) -> None:
         """Serve a group of equal tickets, and everything that follows from it, to the next stable state."""
+        self._serving = group  # at every moment in one place or the other, whenever a Ctrl-C comes
         if group is self.waiting:
             self.waiting = ()
-        self._serving = group
         self._seq = max(self._seq, newest(group))
         self._run(group[0].kind, ticket=group[0])
         self._finish_event()
@@ -193,7 +193,9 @@ class Engine:
         Needed after a `KeyboardInterrupt` in an inline drive, and after a defect of ours: `transitions` has lost its
         queue then, and the step's outcome with it.
         """
-        self._failure = self._failure or errors.InternalError(detail="the drive was cut off in the middle")
+        self._failure = self._failure or errors.InternalError(
+            detail="the drive was cut off in the middle", remedy="Ask again."
+        )
         if self.state in STEPS:
             if self.state is State.SHEDDING:
                 self.work(State.SHEDDING)
@@ -205,6 +207,7 @@ class Engine:
         served, self._serving = self._serving, ()
         for ticket in served:
             if ticket not in self.waiting and not ticket.future.done():
+                self._leases.release(ticket.lease or 0)
                 ticket.refuse(self._failure or errors.InternalError(detail=f"{ticket.asked} ended without an answer"))
         self._failure = None
         self._leases.open(self._waiting_models if self.waiting else ())
@@ -241,9 +244,7 @@ class Engine:
         if trigger not in ("fault", "shed"):
             wants_vlm = trigger == "vlm_wanted" or (ticket is not None and ticket.wants_vlm)
             quiet = trigger == "check" and state in STABLE
-            self._observer.look(
-                catalog=wants_vlm or state is State.DEGRADED, quiet=quiet, patient=ticket is not None
-            )
+            self._observer.look(catalog=wants_vlm or state is State.DEGRADED, quiet=quiet, patient=ticket is not None)
         snapshot = self._snapshot_of(trigger, ticket)
         if isinstance(guards.why_not(snapshot), errors.InsufficientVRAM):
             snapshot = attrs.evolve(snapshot, seen=self._observer.look_at_holders())
@@ -810,7 +811,8 @@ class Engine:
         for ticket in self._serving:
             lease = None
             if ticket.lease_for is not None:
-                lease = self._leases.grant_vlm(ticket.lease_for)
+                lease = ticket.lease = self._leases.number()
+                self._leases.grant_vlm(ticket.lease_for, lease)
             if ticket.kind == "vlm_wanted":
                 self._observer.vlm_ours = True
                 self._leases.touch()

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Literal
@@ -70,13 +70,12 @@ class LeaseBook:
         self._owner = 0
         self._late: deque[int] = deque()
         """Given back by the garbage collector, which ran in the thread that holds the lock."""
-        self._leases: dict[int, LeaseInfo] = {}
+        self._leases: Mapping[int, LeaseInfo] = {}
+        """Replaced as a whole: it is read without the lock, and a Ctrl-C leaves the old one or the new one."""
         self._draining: frozenset[str] = frozenset()
         self._moving: frozenset[str] = frozenset()
         self._waiters: deque[_Waiter] = deque()
         self._vlm_ready_until = float("-inf")
-        self.snapshot: tuple[LeaseInfo, ...] = ()
-        """All leases now; replaced as a whole, read without the lock."""
         self.last_vlm_use = float("-inf")
         self.version = 0
         """Counts the leases that have ended; the driver compares it to know that waiting may be over."""
@@ -100,10 +99,15 @@ class LeaseBook:
                 self._waiters.append(waiter)
         return waiter.future
 
-    def grant_vlm(self, holder: str) -> int:
-        """The driver's own door, for a ticket whose VLM it has just observed."""
+    @staticmethod
+    def number() -> int:
+        """A new lease's number."""
+        return next(_IDS)
+
+    def grant_vlm(self, holder: str, lease: int | None = None) -> int:
+        """The driver's own door, for a ticket whose VLM it has just observed; `lease` is a number taken before."""
         with self._locked():
-            return self._grant("vlm", holder)
+            return self._grant("vlm", holder, lease)
 
     def release(self, lease: int) -> None:
         """Give a lease back; idempotent."""
@@ -128,13 +132,13 @@ class LeaseBook:
                 self.release(self._late.popleft())
 
     def _end(self, lease: int) -> bool:
-        info = self._leases.pop(lease, None)
+        info = self._leases.get(lease)
         if info is None:
             return False
         if info.model == "vlm":
             self.last_vlm_use = self._now()
+        self._leases = {other: kept for other, kept in self._leases.items() if other != lease}
         self.version += 1
-        self._publish()
         return True
 
     def touch(self) -> None:
@@ -169,10 +173,10 @@ class LeaseBook:
         wanted = frozenset(models)
         with self._locked():
             self._moving = wanted
-            for lease, info in self._leases.items():
-                if info.model in wanted:
-                    self._leases[lease] = attrs.evolve(info, lost=True)
-            self._publish()
+            self._leases = {
+                lease: attrs.evolve(info, lost=True) if info.model in wanted else info
+                for lease, info in self._leases.items()
+            }
             return self._holders()
 
     def open(self, draining: Iterable[str] = ()) -> None:
@@ -204,6 +208,11 @@ class LeaseBook:
             if waiter.future.set_running_or_notify_cancel():
                 waiter.future.set_exception(error())
 
+    @property
+    def snapshot(self) -> tuple[LeaseInfo, ...]:
+        """All leases now; takes no lock."""
+        return tuple(self._leases.values())
+
     def holders(self) -> Holders:
         """Who holds what now."""
         with self._locked():
@@ -226,13 +235,12 @@ class LeaseBook:
             return False
         return model not in self._draining or any(lease in self._leases for lease in held)
 
-    def _grant(self, model: Model, holder: str) -> int:
-        lease = next(_IDS)
+    def _grant(self, model: Model, holder: str, lease: int | None = None) -> int:
+        lease = self.number() if lease is None else lease
         now = self._now()
-        self._leases[lease] = LeaseInfo(id=lease, model=model, holder=holder, since_at=now)
         if model == "vlm":
             self.last_vlm_use = now
-        self._publish()
+        self._leases = {**self._leases, lease: LeaseInfo(id=lease, model=model, holder=holder, since_at=now)}
         return lease
 
     def _holders(self) -> Holders:
@@ -242,6 +250,3 @@ class LeaseBook:
             vlm=frozenset(info.id for info in live if info.model == "vlm"),
             clip=frozenset(info.id for info in live if info.model == "clip"),
         )
-
-    def _publish(self) -> None:
-        self.snapshot = tuple(self._leases.values())

@@ -6,6 +6,7 @@ never a flag set after posting: a flag can hit a request that has already been t
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -51,6 +52,8 @@ class Ticket:
     posted_at: float = 0.0
     seq: int = 0
     waiting_since: float | None = None
+    lease: int | None = None
+    """The number kept for the lease that the answer brings; a drive that is cut off before it leaves none behind."""
     future: Future[Outcome] = field(factory=Future)
 
     @property
@@ -79,15 +82,19 @@ class Ticket:
 
     def grant(self, outcome: Outcome) -> bool:
         """Resolve; False if the waiter has gone."""
-        if self.future.done() or not self.future.set_running_or_notify_cancel():
+        if not self._is_open():
             return False
         self.future.set_result(outcome)
         return True
 
     def refuse(self, error: GPUFSMError) -> None:
         """Resolve with an error of its own: a shared exception object would collect tracebacks."""
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
+        if self._is_open():
             self.future.set_exception(type(error)(**attrs.asdict(error, recurse=False)))
+
+    def _is_open(self) -> bool:
+        """Whether there is to be an answer; one that a Ctrl-C cut off may have begun."""
+        return self.future.running() or (not self.future.done() and self.future.set_running_or_notify_cancel())
 
 
 Group = tuple[Ticket, ...]
@@ -102,6 +109,8 @@ class Mailbox:
         self._queue: deque[Ticket] = deque()
         self._last = 0
         self._closed = False
+        self._in_hand: Group = ()
+        """What was taken last."""
         self.newest_preempt = 0
         """Number of the newest preempting ticket; read without the lock."""
 
@@ -129,19 +138,29 @@ class Mailbox:
         with self._lock:
             if not self._queue:
                 return ()
-            group = [self._queue.popleft()]
-            while self._queue and self._queue[0].same_as(group[0]):
-                group.append(self._queue.popleft())
-            return tuple(group)
+            self._in_hand = tuple(itertools.takewhile(self._queue[0].same_as, self._queue))
+            for _ in self._in_hand:
+                self._queue.popleft()
+            return self._in_hand
 
     def take_of_a_holder(self) -> Group:
         """Take the oldest ticket of somebody who holds a lease, past those who wait for that lease."""
         with self._lock:
             for ticket in self._queue:
                 if ticket.holds:
+                    self._in_hand = (ticket,)
                     self._queue.remove(ticket)
-                    return (ticket,)
+                    return self._in_hand
             return ()
+
+    def lost(self, kept: Group) -> Group:
+        """What was taken last and is neither answered, nor here, nor `kept`: a Ctrl-C came before it was served."""
+        with self._lock:
+            return tuple(
+                ticket
+                for ticket in self._in_hand
+                if not ticket.future.done() and ticket not in kept and ticket not in self._queue
+            )
 
     def put_back(self, group: Group) -> Group:
         """Let a group wait at the head again.  Returns it where it has been superseded meanwhile."""

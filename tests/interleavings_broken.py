@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import attrs
 
-from gpu_fsm.driver import Driver, Listener
-from gpu_fsm.errors import displaced_by
+from gpu_fsm.driver import Driver, Listener, Loan
+from gpu_fsm.errors import CardHeld, displaced_by
 from gpu_fsm.leases import Holders, LeaseBook, _Waiter, held_here
+from gpu_fsm.settings import GPUResourceConfig
 from gpu_fsm.tickets import Group, Mailbox, Outcome, Ticket, newest
 
 T = TypeVar("T")
@@ -210,8 +212,7 @@ class ForgetfulBook(LeaseBook):
             return
         self.version += 1
         with self._lock:
-            self._leases.pop(lease, None)
-            self._publish()
+            self._leases = {other: info for other, info in self._leases.items() if other != lease}
         self._changed()
 
 
@@ -220,11 +221,11 @@ class SharedPublishBook(LeaseBook):
 
     def release(self, lease: int) -> None:
         with self._lock:
-            if self._leases.pop(lease, None) is None:
+            if lease not in self._leases:
                 return
             self.version += 1
-            left = tuple(self._leases.values())
-        self.snapshot = left
+            left = {other: info for other, info in self._leases.items() if other != lease}
+        self._leases = left
         self._changed()
 
 
@@ -261,7 +262,6 @@ class CarelessForceBook(LeaseBook):
         with self._lock:
             self._moving = wanted
             self._leases = marked
-            self._publish()
             return self._holders()
 
 
@@ -335,3 +335,82 @@ class QuietDriver(Driver):
             with self._drive():
                 self._next()
         self.tell(None)
+
+
+class LateLoanDriver(Driver):
+    """Looks at the loans before it takes the lock to post."""
+
+    def _enqueue(self, ticket: Ticket) -> None:
+        self._respect_loans(ticket)
+        with self._post_lock:
+            displaced_by_it = self.mailbox.post(ticket)
+        for displaced in displaced_by_it:
+            displaced.refuse(displaced_by(ticket.kind))
+        self.notify()
+
+
+class ForgetfulLenderDriver(Driver):
+    """Asks for the newest request before it takes the lock to lend."""
+
+    @contextlib.contextmanager
+    def lend(self, holder: str) -> Iterator[Loan]:
+        self.check_usable()
+        newest = self._newest_request
+        on_its_way = None if newest is None or newest.future.done() else newest.mode
+        with self._post_lock:
+            mode = self.engine.asked_mode if on_its_way is None else on_its_way
+            loan = Loan(holder, mode)
+            self._loans = (*self._loans, loan)
+        try:
+            yield loan
+        finally:
+            with self._post_lock:
+                self._loans = tuple(other for other in self._loans if other is not loan)
+
+
+class StubbornLenderDriver(Driver):
+    """Lets nobody in while the card is lent, not even a close."""
+
+    def _respect_loans(self, ticket: Ticket) -> None:
+        if self._loans:
+            raise CardHeld(detail="the card is lent")
+        super()._respect_loans(ticket)
+
+
+class OneBorrowerDriver(Driver):
+    """Gives a loan back without the lock."""
+
+    @contextlib.contextmanager
+    def lend(self, holder: str) -> Iterator[Loan]:
+        loan = Loan(holder, self.engine.asked_mode)
+        with self._post_lock:
+            self._loans = (*self._loans, loan)
+        try:
+            yield loan
+        finally:
+            left = tuple(other for other in self._loans if other is not loan)
+            self._loans = left
+
+
+class ForgetfulSettingsDriver(Driver):
+    """Takes up the new settings, and then forgets that there were some."""
+
+    def _next(self) -> bool:
+        if self._new_config is not None and not self.closed:
+            self.config = self._new_config
+            self.engine.reconfigure(self.config)
+            self._new_config = None
+            return True
+        return super()._next()
+
+
+class UnlockedSettingsDriver(Driver):
+    """Reads the settings that it changes before it takes the lock."""
+
+    def reconfigure(self, given: GPUResourceConfig | Mapping[str, Any]) -> dict[str, Any]:
+        before = self.newest_config
+        new = given if isinstance(given, GPUResourceConfig) else attrs.evolve(before, **given)
+        with self._post_lock:
+            self._new_config = new
+        self.notify()
+        return {}
