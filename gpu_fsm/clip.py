@@ -1013,9 +1013,10 @@ def _logged_progress() -> Any:
     """A progress bar for the hub's downloads that writes log records: a library leaves the terminal alone."""
     tqdm: Any = importlib.import_module("tqdm.auto").tqdm
 
-    class Logged(tqdm):  # type: ignore[misc]
-        told = 0
+    told = (0, 0)
+    """Size and tenth: the hub counts in two bars, and learns the size of a file only when it begins with it."""
 
+    class Logged(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)  # of the hub's own class
             # Not `disable`: a disabled bar does not count.
@@ -1023,10 +1024,11 @@ def _logged_progress() -> Any:
 
         def update(self, n: float | None = 1) -> bool | None:
             shown: bool | None = super().update(n)
-            tenth = int(10 * self.n / self.total) if self.total else 0
-            if self.unit == "B" and tenth > self.told:
-                self.told = tenth
-                log.info("CLIP's weights: %d %% of %.0f MiB fetched", 10 * tenth, self.total / MIB)
+            nonlocal told
+            now = (round(self.total / MIB), int(10 * self.n / self.total)) if self.total else (0, 0)
+            if self.unit == "B" and now[1] and now > told:
+                told = now
+                log.info("CLIP's weights: %d %% of %d MiB fetched", 10 * now[1], now[0])
             return shown
 
     return Logged

@@ -36,7 +36,7 @@ from gpu_fsm.errors import (
 from gpu_fsm.ports import CLIPHost
 from gpu_fsm.settings import GPUResourceConfig
 
-pytestmark = pytest.mark.needs_torch
+pytestmark = [pytest.mark.core, pytest.mark.needs_torch]
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 
@@ -857,6 +857,21 @@ def test_a_download_tells_its_progress_in_the_log_and_leaves_the_terminal_alone(
     assert lines[0] == "looking for some/model in the local cache and at the Hugging Face hub"
     assert lines[1:] == [f"CLIP's weights: {10 * tenth} % of 600 MiB fetched" for tenth in range(1, 11)]
     assert capfd.readouterr() == ("", "")
+
+def test_a_download_that_grows_while_it_goes_on_is_told_to_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    """The hub counts all files in one bar, whose size grows with each file that begins."""
+    bar = clip_module._logged_progress()(total=4 << 20, unit="B")
+    caplog.set_level(logging.INFO, "gpu_fsm")
+    bar.update(4 << 20)
+    bar.total += 600 << 20
+    for _ in range(6):
+        bar.update(100 << 20)
+    bar.close()
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == "CLIP's weights: 100 % of 4 MiB fetched"
+    assert said[-1] == "CLIP's weights: 100 % of 604 MiB fetched"
+    assert len(said) == 7
+
 
 
 @needs_device
