@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.counts import counts
+
 # `--hypothesis-profile=thorough` chooses another one.  A slow machine is not a failed test, so no deadline.
 settings.register_profile(
     "ci", deadline=None, max_examples=100, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -48,7 +50,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker beside its options."""
+    """Register the marker beside its options, and begin to count."""
+    counts(config)
     config.addinivalue_line("markers", "live: talks to the server given with --ollama; skipped without one")
 
 

@@ -29,6 +29,8 @@ class Row:
     """The class of the first error that a caller gets; empty where nobody gets one."""
     event: str = ""
     """The kind of event that tells of it; empty where there is nothing to tell."""
+    tests: tuple[str, ...] = ()
+    """The names of the tests that prove it, where their ids do not begin with the row's."""
     links: tuple[str, ...] = ()
     """Threads of public trackers that report it."""
 
@@ -37,7 +39,14 @@ def _read() -> dict[str, tuple[Row, ...]]:
     groups = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     return {
         name: tuple(
-            Row(id=id_, **{"where": group["where"], **facts, "links": tuple(facts.get("links", ()))})
+            Row(
+                id=id_,
+                **{
+                    "where": group["where"],
+                    **facts,
+                    **{many: tuple(facts.get(many, ())) for many in ("tests", "links")},
+                },
+            )
             for id_, facts in group.items()
             if id_ != "where"
         )

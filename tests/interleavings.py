@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures._base
+import contextlib
 import json
 import logging
 import sys
@@ -22,8 +23,8 @@ import gpu_fsm.driver
 import gpu_fsm.leases
 import gpu_fsm.tickets
 from gpu_fsm import ExecutionMode
-from gpu_fsm.driver import Driver
-from gpu_fsm.errors import GPUFSMError, ManagerClosed, Superseded
+from gpu_fsm.driver import Driver, Loan
+from gpu_fsm.errors import CardHeld, GPUFSMError, ManagerClosed, Superseded
 from gpu_fsm.events import Event
 from gpu_fsm.leases import LeaseBook
 from gpu_fsm.simulation import SimulatedWorld
@@ -605,6 +606,124 @@ class CloseAgainstAskClip(WithDriver):
         assert self.driver.closed
 
 
+class WithABorrower(WithDriver):
+    """The second call borrows the card, and keeps it until the rule has been judged."""
+
+    preemptions = {"line": 1}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = contextlib.ExitStack()
+        self.loan: Loan | None = None
+        self.waited_before = 0
+
+    def two(self) -> None:
+        try:
+            self.loan = self.kept.enter_context(self.driver.lend("a game"))
+        except ManagerClosed as error:
+            self.refused.append(error)
+        self.waited_before = len(self.driver.mailbox)
+
+    def check(self) -> None:
+        assert (self.loan is not None) == (self.loan in self.driver._loans), "not lent, and the borrower thinks so"
+        self.kept.close()
+        assert self.driver._loans == ()
+
+
+class LendAgainstPost(WithABorrower):
+    """Whoever asks for the VLM has asked before the card was lent, or hears that it is."""
+
+    def one(self) -> None:
+        self.ask(lambda: self.driver.post("vlm_wanted"))
+
+    def check(self) -> None:
+        assert len(self.asked) == self.waited_before, "somebody takes room that is lent"
+        assert len(self.asked) + len(self.refused) == 1
+        assert all(isinstance(error, CardHeld) for error in self.refused)
+        super().check()
+
+
+class LendAgainstRequest(LendAgainstPost):
+    """The mode that a loan remembers is the last one asked for before it, also of a request still on its way."""
+
+    def one(self) -> None:
+        self.ask(lambda: self.driver.post("request", mode=ExecutionMode.RECORDING))
+
+    def check(self) -> None:
+        assert self.loan is not None
+        asked_before = ExecutionMode.RECORDING if self.waited_before else ExecutionMode.IDLE
+        assert self.loan.mode is asked_before, "the mode that was asked for before is forgotten"
+        super().check()
+
+
+class LendAgainstClose(WithABorrower):
+    """A close while the card is lent, or about to be, ends all the same; who comes too late with a loan is told so."""
+
+    def one(self) -> None:
+        self.ask(self.driver.post_close)
+
+    def check(self) -> None:
+        assert len(self.asked) == 1, self.refused
+        self.all_answered()
+        assert self.driver.closed
+        super().check()
+
+
+class LendAgainstLend(WithABorrower):
+    """The end of one loan is not the end of another."""
+
+    preemptions = {"line": 1, "opcode": 1}  # noqa: RUF012
+
+    def one(self) -> None:
+        with self.driver.lend("another game"):
+            pass
+
+
+class WithNewSettings(WithDriver):
+    """Settings have been changed, and the driver has not gone by them yet."""
+
+    preemptions = {"line": 1}  # noqa: RUF012 - the driver's part is long
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.driver.drive_for(0)
+        self.driver.engine._check_at = 1e9
+        self.driver.reconfigure({"idle_timeout_s": 77.0})
+
+    def one(self) -> None:
+        self.driver.reconfigure({"check_interval_s": 7.0})
+
+    def check(self) -> None:
+        self.driver.drive_for(0)
+        for config in (self.driver.newest_config, self.driver.config, self.driver.engine.config):
+            assert (config.idle_timeout_s, config.check_interval_s) == (77.0, 7.0), "a setting is lost"
+
+
+class ReconfigureAgainstRequest(WithNewSettings):
+    """Settings that come while the driver takes up others, on its way to a request, are taken up after them."""
+
+    def two(self) -> None:
+        self.ask(lambda: self.driver.post("request", mode=ExecutionMode.IDLE))
+        self.driver.drive_for(0)
+
+    def check(self) -> None:
+        super().check()
+        self.all_answered()
+        assert self.refused == []
+
+
+class ReconfigureAgainstReconfigure(WithNewSettings):
+    """Of two who change different settings at once neither undoes what the other did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.driver.drive_for(0)
+
+    def two(self) -> None:
+        self.driver.reconfigure({"idle_timeout_s": 66.0})
+        self.driver.reconfigure({"idle_timeout_s": 77.0})
+
+
 class AbandonAgainstGrant(WithDriver):
     """A lease that nobody waits for any more goes back, whether it comes before, after or while its waiter leaves."""
 
@@ -737,6 +856,12 @@ PAIRS: tuple[type[Pair], ...] = (
     PostAgainstClose,
     CloseAgainstClose,
     CloseAgainstAskClip,
+    LendAgainstPost,
+    LendAgainstRequest,
+    LendAgainstClose,
+    LendAgainstLend,
+    ReconfigureAgainstRequest,
+    ReconfigureAgainstReconfigure,
     AbandonAgainstGrant,
     AbandonAgainstVlmGrant,
     SubscribeAgainstSubscribe,
@@ -771,6 +896,12 @@ PLANTED: tuple[tuple[type[Pair], str, type], ...] = (
     (PostAgainstClose, "driver_type", broken.SilentDriver),
     (CloseAgainstClose, "driver_type", broken.TwiceClosingDriver),
     (CloseAgainstAskClip, "book_type", broken.GatelessBook),
+    (LendAgainstPost, "driver_type", broken.LateLoanDriver),
+    (LendAgainstRequest, "driver_type", broken.ForgetfulLenderDriver),
+    (LendAgainstClose, "driver_type", broken.StubbornLenderDriver),
+    (LendAgainstLend, "driver_type", broken.OneBorrowerDriver),
+    (ReconfigureAgainstRequest, "driver_type", broken.ForgetfulSettingsDriver),
+    (ReconfigureAgainstReconfigure, "driver_type", broken.UnlockedSettingsDriver),
     (AbandonAgainstGrant, "driver_type", broken.LeakyDriver),
     (AbandonAgainstVlmGrant, "ticket_type", broken.LeakyGrantTicket),
     (SubscribeAgainstSubscribe, "driver_type", broken.UnlockedListenersDriver),

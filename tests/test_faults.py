@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 
 import pytest
 from hypothesis import settings
 
-from gpu_fsm import errors
+from gpu_fsm import GPUResourceManager, errors
+from gpu_fsm.handles import CLIP, VLM
 from gpu_fsm.ollama import OllamaManager
 from gpu_fsm.simulation import KINDS
 from gpu_fsm.states import STABLE, STANDING
@@ -15,13 +17,29 @@ from gpu_fsm.status import ExecutionMode, State
 from gpu_fsm.testing.oracle import Oracle
 from gpu_fsm.testing.stateful import FAULTS, GPUStateMachine
 from tests.counts import say
-from tests.operations import CONVERGES_S, IDLE_TIMEOUT_S, NEW, OLD, OPERATIONS, WAIT_S, Stage, io_calls
+from tests.operations import (
+    CONVERGES_S,
+    ELSEWHERE,
+    IDLE_TIMEOUT_S,
+    NEW,
+    OLD,
+    OPERATIONS,
+    WAIT_S,
+    Stage,
+    io_calls,
+    verbs_called,
+    verbs_of,
+)
 
 EVERY = 5
 """Of so many faults a brief run meets one; any other run meets all."""
 
 ORPHANED_S = IDLE_TIMEOUT_S + 60.0 + 1.0
 """What nobody unloaded has gone by then: Ollama's own timer."""
+
+
+FACES = (GPUResourceManager, VLM, CLIP)
+"""What the operations have to cover."""
 
 
 # --- once, at every call ---
@@ -148,18 +166,22 @@ def test_invariants_hold_around_every_fault(fault: tuple[str, str], way: int) ->
 
 
 def test_the_operations_are_all_that_the_manager_can_be_asked_for() -> None:
-    """Every kind of call, every trigger that a caller or a timer pulls, every state: else "every" would be a lie."""
+    """Every verb, every kind of call, every trigger, every state of a manager: else "every" would be a lie."""
     seen: set[str] = set()
     called: set[str] = set()
     states: set[State] = set()
-    for name in OPERATIONS:
-        stage = OPERATIONS[name].stage()
-        called.update(io_calls(name))
-        OPERATIONS[name].before(stage)
-        known = len(stage.manager.journal)
-        OPERATIONS[name].act(stage)
-        seen.update(record.trigger for record in stage.manager.journal[known:])
-        states.update(record.dest for record in stage.manager.journal)
+    with verbs_called(*FACES) as verbs:
+        for name in OPERATIONS:
+            stage = OPERATIONS[name].stage()
+            called.update(io_calls(name))
+            OPERATIONS[name].before(stage)
+            known = len(stage.manager.journal)
+            OPERATIONS[name].act(stage)
+            seen.update(record.trigger for record in stage.manager.journal[known:])
+            states.update(record.dest for record in stage.manager.journal)
+    if not importlib.util.find_spec("httpx"):
+        verbs.add("GPUResourceManager.httpx_transport")
+    assert verbs_of(*FACES) - verbs == set(ELSEWHERE), "a public verb without an operation"
     # `/api/version` is for the doctor: no verb and no timer of a manager asks for it.
     assert called == set(KINDS) - {"ollama.other", "ollama.version"}
     assert {op for op, _ in FAULTS} == called

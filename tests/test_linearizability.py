@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import doctest
 import itertools
 import sys
 import threading
@@ -520,6 +521,13 @@ def by_hand(*lines: str) -> list[Operation]:
         ends = {} if ended == "-" else {"ended": int(ended), "answer": answer}
         operations.append(Operation(Call(verb=verb), int(began), **ends))  # type: ignore[arg-type]
     return operations
+
+
+def test_the_example_of_a_history_is_true() -> None:
+    """It is what people copy."""
+    result = doctest.testmod(sys.modules["gpu_fsm.testing.histories"])
+
+    assert (result.failed, result.attempted > 0) == (0, True)
 
 
 def test_calls_at_the_same_time_may_take_effect_in_either_order() -> None:

@@ -142,6 +142,28 @@ def explain(
 
     `possible` are the answers that a pending call may turn out to have.  `budget` bounds the configurations that are
     tried (a set of calls with a state); the smallest prefix is looked for with the same budget each.
+
+    Each client notes its calls right before and right after them.  Here the VLM was unloaded under a lease, and not if
+    the lease had been given back before the unload was answered:
+
+    >>> from gpu_fsm.testing.reference import Call, Register, effects
+    >>> def history(given_back):
+    ...     recorder = Recorder()
+    ...     lease = recorder.begin(Call(verb="take", what="vlm", client=1))
+    ...     recorder.end(lease, "granted")
+    ...     unload = recorder.begin(Call(verb="unload", client=2))
+    ...     if given_back:
+    ...         recorder.begin(Call(verb="give_back", what="vlm", client=1))  # and nobody has seen it end
+    ...     recorder.end(unload, "granted")
+    ...     return recorder.operations
+    >>> explain(history(given_back=True), Register(), effects, possible=["granted"]).linearizable
+    True
+    >>> print(explain(history(given_back=False), Register(), effects, possible=["granted"]))
+    NOT LINEARIZABLE; the smallest prefix that no order explains:
+      [  1 -   2] client 1: take vlm -> granted
+      [  3 -   4] client 2: unload -> granted
+    this far an order goes:
+      client 1: take vlm -> granted
     """
     search = _Search(operations, initial, effects, possible, budget)
     found = search.run()
