@@ -455,10 +455,13 @@ class GPUStateMachine(RuleBasedStateMachine):
         times=st.sampled_from((1, 1, 2, 5, None)),
         way=st.integers(0, 1),
         healed=st.booleans(),
+        agent_first=st.booleans(),
     )
     @precondition(lambda self: "faults" in self.troubles)
-    def meet_a_fault(self, fault: tuple[str, str], times: int | None, way: int, healed: bool) -> None:
-        """Arm a fault and do what meets it, from a place where that works."""
+    def meet_a_fault(
+        self, fault: tuple[str, str], times: int | None, way: int, healed: bool, agent_first: bool = False
+    ) -> None:
+        """Arm a fault and do what meets it, from a place where that works; or leave it to the agent to meet it."""
         self.note("meet_a_fault")
         self.calm_down()
         before, action = self._meeting(fault[0], way)
@@ -467,6 +470,8 @@ class GPUStateMachine(RuleBasedStateMachine):
         self.agent_works()
         self.troubled = True
         self.world.faults.arm(*fault, times=times)
+        if agent_first:
+            self.agent_works()
         self._ours(action)
         self.agent_works()
         if healed:
