@@ -17,6 +17,8 @@ from gpu_fsm.states import MOVING, OUTCOMES, STABLE, TABLE
 from gpu_fsm.testing import lint
 from gpu_fsm.testing.lint import lint_table, machine_rows
 
+pytestmark = pytest.mark.core
+
 
 class Line:
     """A connection: the model of the machines below."""
@@ -210,6 +212,8 @@ def test_a_table_is_read_like_a_machine() -> None:
     assert lint(rows, initial="locked") == lint_table(rows, initial="locked", stable=(), required={}, guards=["strong"])
     with pytest.raises(TypeError, match="initial"):
         lint(rows)
+    with pytest.raises(TypeError, match="not 'object'; of a model, give its machine"):
+        lint(object())
 
 
 def test_the_example_of_the_lint_is_true() -> None:

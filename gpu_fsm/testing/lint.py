@@ -66,6 +66,11 @@ def lint(
     coin: locked -> locked if is_fake: there is no is_fake on the model
     """
     if not _is_machine(machine_or_table):
+        if not isinstance(machine_or_table, Iterable):
+            given = type(machine_or_table).__name__
+            raise TypeError(
+                f"lint takes a transitions.Machine or the rows of a table, not {given!r}; of a model, give its machine"
+            )
         rows: Sequence[TableRow] = tuple(machine_or_table)
         if initial is None:
             raise TypeError("a table does not know its initial state: lint(table, initial=...)")
