@@ -14,6 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import attrs
@@ -48,9 +49,21 @@ class Loan:
 
     holder: str
     mode: ExecutionMode
-    """The last one that was asked for before."""
-    requests: int = 0
-    """For a mode, since then: the borrower's way to make room, or somebody who has moved on."""
+    """To ask for again: what was last asked for before the card was lent, or meanwhile, which can only be IDLE."""
+
+
+_making_room: ContextVar[int] = ContextVar("making_room", default=0)
+"""In how many blocks of `making_room` the code is; they may end in any order, and in other tasks than they began in."""
+
+
+@contextlib.contextmanager
+def making_room() -> Iterator[None]:
+    """Requests from inside the block make room for a borrower, and say nothing of what should come back."""
+    _making_room.set(_making_room.get() + 1)
+    try:
+        yield
+    finally:
+        _making_room.set(max(0, _making_room.get() - 1))
 
 
 class Driver:
@@ -85,6 +98,8 @@ class Driver:
         self._post_lock = threading.RLock()  # a signal handler may post while its thread does
         self._closing: Ticket | None = None
         self._loans: tuple[Loan, ...] = ()
+        self._owed: ExecutionMode | None = None
+        """What borrowers have to ask for again; None where somebody has asked for a mode since the last of them."""
         self._newest_request: Ticket | None = None
         self._new_config: GPUResourceConfig | None = None
         self.closed = False
@@ -147,11 +162,13 @@ class Driver:
         with self._post_lock:
             newest = self._newest_request
             on_its_way = None if newest is None or newest.future.done() else newest.mode
-            mode = self.engine.asked_mode if on_its_way is None else on_its_way
-            loan = Loan(holder, self._loans[0].mode if self._loans else mode)
+            if self._owed is None:
+                self._owed = self.engine.asked_mode if on_its_way is None else on_its_way
+            loan = Loan(holder, self._owed)
             self._loans = (*self._loans, loan)
         try:
-            yield loan
+            with making_room():
+                yield loan
         finally:
             with self._post_lock:
                 self._loans = tuple(other for other in self._loans if other is not loan)
@@ -165,10 +182,11 @@ class Driver:
             raise errors.CardHeld(
                 detail=f"the card is lent to {names}", remedy="Ask again when it has been given back.", name=names
             )
-        if ticket.kind == "request":
+        if ticket.mode is not None and ticket.kind == "request" and not _making_room.get():
             self._newest_request = ticket
+            self._owed = ticket.mode if self._loans else None
             for loan in self._loans:
-                loan.requests += 1
+                loan.mode = ticket.mode
 
     def _enqueue(self, ticket: Ticket) -> None:
         with self._post_lock:  # between looking at the loans and posting no new one may come

@@ -184,7 +184,7 @@ class GPUResourceManager:
 
         Whoever asks meanwhile for RECORDING, AUTOPILOT, the VLM, or CLIP on the GPU gets `CardHeld`.  What is there
         stays, so make the room inside the block: IDLE, `ensure_vlm_unloaded()`, `migrate_clip_to_cpu()`.  At the end
-        nothing is restored; `loan.mode` is what was last asked for before.
+        nothing is restored; `loan.mode` is what to ask for again: what was last asked for outside of such blocks.
         """
         with self._driver.lend(errors.one_line(holder, 80)) as loan:
             yield loan

@@ -31,8 +31,13 @@ from typing import Any
 import httpx
 import ollama
 import openai
+from openai import types
+from openai.pagination import SyncPage
 
-from gpu_fsm import errors
+from gpu_fsm import GPUResourceConfig, GPUResourceManager, errors
+from gpu_fsm.appconfig import GatewayConfig
+from gpu_fsm.gateway.serve import Gateway
+from gpu_fsm.simulation import RunningClock, SimulatedProbe
 from tests.gateways import EMBEDDER, OTHER, VLM, Street, street
 from tests.waiting import PATIENCE_S, ROOT, in_thread, until
 
@@ -105,6 +110,7 @@ ROUTES: tuple[tuple[str, str, Any], ...] = (
 )
 
 
+@pytest.mark.core
 def test_every_route_answers_as_ollama_does(world: Street) -> None:
     """Status, body and every header but the Date, for what works and for what fails; one difference is meant.
 
@@ -126,6 +132,19 @@ def test_every_route_answers_as_ollama_does(world: Street) -> None:
     until(lambda: world.leases() == ())
 
 
+@pytest.mark.core
+def test_a_request_in_parts_arrives_whole(world: Street) -> None:
+    """Of unknown length, as programs send what they make while they send it."""
+    gateway = world.gateway()
+    for path, body in (("/api/show", {"model": VLM}), ("/api/generate", PROMPT)):
+        seen = []
+        for base in (world.front.url, gateway.url):
+            parts = (json.dumps(body).encode()[at : at + 7] for at in range(0, 200, 7))
+            seen.append(httpx.post(base + path, content=(part for part in parts if part), trust_env=False))
+        assert seen[0].status_code == 200
+        assert seen[0].content == seen[1].content
+
+
 def test_health_and_lists_neither_wake_the_model_nor_reset_its_timer(world: Street) -> None:
     """Also while it is in: its idle deadline stays where it was."""
     gateway = world.gateway()
@@ -142,6 +161,7 @@ def test_health_and_lists_neither_wake_the_model_nor_reset_its_timer(world: Stre
     assert idle_deadline(world) > before, "a use does count"
 
 
+@pytest.mark.core
 def test_another_model_passes_or_is_refused_as_the_policy_says(world: Street) -> None:
     """The refusal names the one that may run."""
     body = {**PROMPT, "model": OTHER}
@@ -179,11 +199,26 @@ def test_an_answer_that_ollama_breaks_off_is_broken_off_and_not_ended(world: Str
     connection.close()
     until(lambda: world.leases() == ())
     world.ollama.start()
+    world.ollama.generate_s = 0.04
+    until(lambda: post(f"{gateway.url}/api/generate", PROMPT).status_code == 200)
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:PORT", "localhost:PORT", "[::1]:PORT", "0.0.0.0:PORT"])
+def test_a_gateway_that_is_told_to_relay_to_itself_says_so(listen: str) -> None:
+    """With one OLLAMA_HOST for every program each request would come back to it for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    config = GPUResourceConfig(ollama_url=f"http://localhost:{port}", vlm_model=VLM, clip_model=None)
+    here = GatewayConfig(listen=listen.replace("PORT", str(port)), token="a-token-of-some-length")
+    with GPUResourceManager(config, vram_probe=SimulatedProbe(clock=RunningClock(), card=None)) as manager:
+        with pytest.raises(errors.BadArgument, match="where it is told that Ollama is"):
+            Gateway(manager, here)
 
 
 # --- clients that leave -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_a_client_that_leaves_in_the_middle_frees_its_lease_and_ends_its_request(world: Street) -> None:
     """At once, not when the answer would have ended."""
     world.ollama.generate_s = 800.0  # a part every 100 s: nothing but its leaving ends it
@@ -198,6 +233,7 @@ def test_a_client_that_leaves_in_the_middle_frees_its_lease_and_ends_its_request
     assert world.resident
 
 
+@pytest.mark.core
 def test_a_client_that_leaves_while_the_model_loads_does_not_kill_the_load(world: Street) -> None:
     """Others wait for it; with Ollama's own clients, the first to leave would end it for all."""
     world.ollama.models[VLM] = type(world.ollama.models[VLM])(name=VLM, size_mib=5000.0, load_s=0.6).normal()
@@ -231,7 +267,7 @@ def test_a_client_that_reads_nothing_loses_its_lease(world: Street) -> None:
 # --- strangers' clients -----------------------------------------------------------------------------------------------
 
 
-def test_the_examples_of_the_ollama_package_run_through_it_unchanged(world: Street) -> None:
+def test_the_ollama_client_runs_through_it_unchanged(world: Street) -> None:
     """Chat, generate, embed, list, ps and show, as that package documents them; sync, async and streamed."""
     gateway, stories = world.gateway(), []
 
@@ -294,6 +330,56 @@ def test_the_openai_client_runs_through_it_unchanged(world: Street) -> None:
             told.append(caught.value.body)
             stories.append(told)
     assert stories[0] == stories[1]
+
+
+def extras(value: Any) -> list[str]:
+    """Fields that a type of the openai package does not know, in it and in all that it holds."""
+    if isinstance(value, list):
+        return [name for entry in value for name in extras(entry)]
+    if not isinstance(value, openai.BaseModel):
+        return []
+    return [
+        *(value.model_extra or {}),
+        *(name for key in type(value).model_fields for name in extras(getattr(value, key))),
+    ]
+
+
+CHAT = {"model": VLM, "messages": [{"role": "user", "content": "hi"}]}
+V1_SHAPES: tuple[tuple[str, Any, Any], ...] = (
+    ("/v1/chat/completions", CHAT, types.chat.ChatCompletion),
+    ("/v1/chat/completions", CHAT | {"max_tokens": 2}, types.chat.ChatCompletion),
+    ("/v1/chat/completions", CHAT | {"stream": True}, types.chat.ChatCompletionChunk),
+    (
+        "/v1/chat/completions",
+        CHAT | {"stream": True, "stream_options": {"include_usage": True}},
+        types.chat.ChatCompletionChunk,
+    ),
+    ("/v1/completions", {"model": VLM, "prompt": "hi"}, types.Completion),
+    ("/v1/embeddings", {"model": EMBEDDER, "input": ["a", "b"]}, types.CreateEmbeddingResponse),
+    (f"/v1/models/{VLM}", None, types.Model),
+    ("/v1/models", None, SyncPage[types.Model]),
+    ("/v1/chat/completions", {"model": "nope", "messages": CHAT["messages"]}, types.shared.ErrorObject),
+    ("/v1/chat/completions", {"model": VLM, "messages": []}, types.shared.ErrorObject),
+    ("/v1/models/nope", None, types.shared.ErrorObject),
+)
+
+
+@pytest.mark.parametrize("at", ["ollama", "gateway"])
+def test_every_v1_answer_fits_the_openai_packages_own_types(world: Street, at: str) -> None:
+    """Strictly: no type is bent, no field is missing, none is there that they do not know; parts of a stream too."""
+    base = world.front.url if at == "ollama" else world.gateway().url
+    for path, body, kind in V1_SHAPES:
+        answer = httpx.request("GET" if body is None else "POST", base + path, json=body, trust_env=False)
+        said = [answer.text]
+        if answer.headers["content-type"] == "text/event-stream":
+            *said, end, rest = [event.removeprefix("data: ") for event in answer.text.split("\n\n")]
+            assert (end, rest) == ("[DONE]", "")
+        if kind is types.shared.ErrorObject:
+            assert answer.status_code >= 400
+            said = [json.dumps(answer.json()["error"])]
+        for part in said:
+            assert extras(kind.model_validate_json(part, strict=True)) == [], (path, part)
+    until(lambda: world.leases() == ())
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

@@ -19,7 +19,7 @@ import httpx
 
 from gpu_fsm import ExecutionMode, errors
 from gpu_fsm.gateway.serve import Gateway
-from tests.gateways import CARD_MIB, CLIP_MIB, VLM, Street, street
+from tests.gateways import CARD_MIB, CLIP_MIB, OTHER, VLM, Street, street
 from tests.waiting import PATIENCE_S, ROOT, in_thread, until
 
 PROMPT = {"model": VLM, "prompt": "hi", "stream": False}
@@ -104,6 +104,7 @@ def test_a_foreign_program_gets_room_keeps_it_and_dies_of_sigkill(world: Street,
     assert generate(gateway).status_code == 200
 
 
+@pytest.mark.core
 def test_a_lease_that_is_given_back_restores_the_mode_at_once(world: Street) -> None:
     """Long before its TTL; its id is worth nothing afterwards."""
     world.manager.set_execution_mode("recording")
@@ -116,6 +117,7 @@ def test_a_lease_that_is_given_back_restores_the_mode_at_once(world: Street) -> 
     assert beat(gateway, lease).status_code == 404
 
 
+@pytest.mark.core
 def test_who_asks_for_idle_meanwhile_is_not_overruled(world: Street) -> None:
     """The agent in this process has stopped recording: when the card is back, nothing is loaded for it."""
     world.manager.set_execution_mode("recording")
@@ -129,6 +131,7 @@ def test_who_asks_for_idle_meanwhile_is_not_overruled(world: Street) -> None:
     assert not world.resident
 
 
+@pytest.mark.core
 def test_more_than_there_is_is_refused_with_figures_and_nothing_is_lost(world: Street) -> None:
     """How much was asked, how much is free with all of ours given up; then the mode comes back."""
     world.manager.set_execution_mode("recording")
@@ -192,6 +195,23 @@ def test_a_running_answer_is_not_cut_off_for_a_lease(world: Street) -> None:
     assert not world.resident
 
 
+def test_an_answer_of_another_model_is_waited_for_too(world: Street) -> None:
+    """It takes room that is not ours to promise; what it keeps when it has ended is in the figures."""
+    world.ollama.generate_s = 1.2
+    gateway = world.gateway()
+    running = in_thread(generate, gateway, model=OTHER)
+    until(lambda: OTHER in world.ollama.loaded())
+    refused = ask(gateway, wait_s=0)
+    assert (refused.status_code, refused.json()["code"]) == (409, "lease_timeout")
+    assert "gateway client" in str(refused.json()["holders"])
+    granted = ask(gateway, wait_s=20)
+    (answered,) = [entry for entry in world.ollama.log if entry.op == "ollama.generate"]
+    assert answered.ended_at is not None, "the room is given when nothing runs in it any more"
+    assert running.result(PATIENCE_S).json()["done"]
+    assert granted.json()["free_mib"] == CARD_MIB - 300.0 - 500.0, "another's model stays, and is counted"
+    assert generate(gateway, model=OTHER).status_code == 503
+
+
 def test_two_may_share_the_room_and_a_third_waits_its_turn(world: Street) -> None:
     """What was promised is counted, whether it has been taken already or not."""
     gateway = world.gateway()
@@ -209,6 +229,7 @@ def test_two_may_share_the_room_and_a_third_waits_its_turn(world: Street) -> Non
     assert not [lease for lease in told if "id" in lease], "who reads the list cannot end what is in it"
 
 
+@pytest.mark.core
 def test_one_who_stops_waiting_leaves_nothing_behind(world: Street) -> None:
     """Its client has gone, so nothing is lent to it and the mode stays."""
     world.manager.set_execution_mode("autopilot")
@@ -226,6 +247,7 @@ def test_one_who_stops_waiting_leaves_nothing_behind(world: Street) -> None:
     assert httpx.get(f"{gateway.url}/gpu-fsm/lease", trust_env=False).json() == {"leases": []}
 
 
+@pytest.mark.core
 def test_while_the_card_is_lent_no_model_runs_through_the_gateway(world: Street) -> None:
     """Ours, and others; what needs no card goes on."""
     gateway = world.gateway()
@@ -292,6 +314,69 @@ def test_a_gateway_that_stops_gives_the_card_back(world: Street) -> None:
     assert ask(gateway).status_code == 200
     gateway.close()
     until(lambda: world.manager.get_status().execution_mode.value == "autopilot")
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+@pytest.mark.parametrize("asked_meanwhile", [False, True])
+def test_two_gateways_of_one_manager_give_back_what_was_there_before_the_first(
+    world: Street, first_to_end: int, asked_meanwhile: bool
+) -> None:
+    """The last to end restores it; who has asked for IDLE meanwhile is not overruled."""
+    world.manager.set_execution_mode("recording")
+    gateways = [world.gateway(), world.gateway()]
+    leases = [ask(gateway, needed_mib=2000) for gateway in gateways]
+    assert [lease.status_code for lease in leases] == [200, 200]
+    if asked_meanwhile:
+        assert world.manager.set_execution_mode("idle").granted
+    for place in (first_to_end, 1 - first_to_end):
+        assert not world.resident
+        assert end(gateways[place], leases[place]) == 204
+    for gateway in gateways:
+        until(lambda gateway=gateway: generate(gateway, model=OTHER).status_code == 200)
+    wanted = "idle" if asked_meanwhile else "recording"
+    until(lambda: world.manager.get_status().execution_mode.value == wanted)
+    assert world.resident is not asked_meanwhile
+
+
+@pytest.mark.parametrize("inner_ends_first", [True, False])
+def test_a_programs_own_loan_inside_a_gateways_lease_costs_nobody_the_mode(
+    world: Street, inner_ends_first: bool
+) -> None:
+    """Both make room, both ask for what was there before; the earlier one is told that the card is still lent."""
+    manager = world.manager
+    manager.set_execution_mode("recording")
+    gateway = world.gateway()
+    lease = ask(gateway, needed_mib=2000)
+    with manager.lend("our own training") as loan:
+        manager.set_execution_mode("idle")
+        manager.ensure_vlm_unloaded()
+        assert loan.mode is ExecutionMode.RECORDING
+        if not inner_ends_first:
+            end(gateway, lease)
+            until(lambda: generate(gateway, model=OTHER).status_code == 200)
+    if inner_ends_first:
+        with pytest.raises(errors.CardHeld):
+            manager.set_execution_mode(loan.mode)
+        end(gateway, lease)
+    else:
+        manager.set_execution_mode(loan.mode)
+    until(lambda: manager.get_status().execution_mode is ExecutionMode.RECORDING and world.resident)
+
+
+def test_one_who_tries_again_for_room_is_not_taken_for_one_who_wants_idle(world: Street) -> None:
+    """The first one got none in time, the second one makes it, and what comes back is what stood before both."""
+    world.manager.set_execution_mode("recording")
+    world.ollama.generate_s = 1.2
+    gateway = world.gateway()
+    running = in_thread(generate, gateway)
+    until(world.leases)
+    in_vain = in_thread(ask, gateway, holder="a", needed_mib=2000)
+    until(lambda: world.manager._driver._loans)
+    lease = in_thread(ask, gateway, holder="b", needed_mib=2000, wait_s=20).result(PATIENCE_S)
+    assert (in_vain.result(PATIENCE_S).status_code, lease.status_code) == (409, 200)
+    assert running.result(PATIENCE_S).status_code == 200
+    end(gateway, lease)
+    until(lambda: world.manager.get_status().execution_mode is ExecutionMode.RECORDING and world.resident)
 
 
 @pytest.mark.parametrize(

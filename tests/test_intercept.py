@@ -5,6 +5,8 @@ from __future__ import annotations
 # ruff: noqa: E402
 import pytest
 
+pytestmark = pytest.mark.core
+
 for _library in ("httpx", "ollama", "openai", "starlette", "uvicorn"):
     pytest.importorskip(_library, reason=f"{_library} is not installed; it comes with the extra test")
 
@@ -26,7 +28,7 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_fsm import GPUResourceConfig, errors
+from gpu_fsm import GPUResourceConfig, Hold, errors
 from gpu_fsm.intercept import needs, requests_adapter
 from gpu_fsm.intercept.doors import Manager, Rules, aliases_of
 from gpu_fsm.intercept.httpx_transport import VLMTransport
@@ -172,8 +174,36 @@ def test_a_request_that_needs_no_change_goes_on_to_the_letter() -> None:
     """Not even its spaces change."""
     body = b'{ "model" : "llava:7b",  "prompt":"x" }'
     assert asked("/api/generate", body).body is body
-    v1 = b'{"model":"llava:7b","keep_alive":-1}'
+    v1 = b'{"model":"llava:7b","messages":[]}'
     assert asked("/v1/chat/completions", v1, options={"num_ctx": 1}).body is v1
+
+
+@pytest.mark.parametrize("path", ["/v1/systemone", "/v1/some/day", "/api/some/day"])
+def test_no_route_pins_the_vlm(path: str) -> None:
+    """Also one that is not known yet may take a keep_alive; runner options go only where they are known to belong."""
+    sent = asked(path, {"model": "llava:7b", "keep_alive": -1, "options": {"x": 1}}, options={"num_ctx": 1}).body
+    assert json.loads(sent) == {"model": "llava:7b", "options": {"x": 1}, "keep_alive": 360}
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"models": [{"name": "me/eyes:latest", "digest": "a"}]},
+        {"models": [{"name": "me/eyes:latest", "digest": "a"}, {"name": "llava:7b", "digest": "b"}]},
+        {"models": [{"name": "me/eyes:latest", "digest": ""}, {"name": "llava:7b", "digest": ""}]},
+        {"models": [{"name": "me/eyes:latest", "digest": None}, {"name": "llava:7b", "digest": None}]},
+        {"models": [{"name": 7}]},
+        {"models": None},
+        [],
+        None,
+    ],
+)
+def test_only_an_equal_digest_makes_an_alias(tags: Any) -> None:
+    """An answer that tells nothing tells of no alias."""
+    assert not needs.is_alias(json.dumps(tags).encode(), "me/eyes", "llava:7b")
+    right = {"models": [{"name": "me/Eyes:latest", "digest": "a"}, {"name": "llava:7b", "digest": "a"}]}
+    assert needs.is_alias(json.dumps(right).encode(), "me/eyes", "llava:7b")
+    assert not needs.is_alias(b"<html>", "me/eyes", "llava:7b")
 
 
 def test_an_ollama_on_loopback_is_known_by_its_three_names() -> None:
@@ -309,6 +339,55 @@ def test_a_strangers_unload_is_the_managers_to_do(world: Street) -> None:
     assert not world.resident
     status = world.manager.get_status()
     assert (status.execution_mode.value, status.hold and status.hold.value) == ("recording", "parked")
+
+
+async def through_asyncio(world: Street, url: str, body: Any, **rules: Any) -> httpx.Response:
+    """One POST on the asynchronous transport."""
+    async with httpx.AsyncClient(transport=world.manager.async_httpx_transport(**rules)) as client:
+        return await client.post(url, json=body)
+
+
+def post_through(door: str, world: Street, path: str, body: Any, **rules: Any) -> Any:
+    """One POST through one of the doors."""
+    url = f"{world.front.url}{path}"
+    if door == "requests":
+        return world.session(**rules).post(url, json=body)
+    if door == "asyncio":
+        return asyncio.run(through_asyncio(world, url, body, **rules))
+    if door == "gateway":
+        return httpx.post(f"{world.gateway(**rules).url}{path}", json=body, trust_env=False)
+    with httpx.Client(transport=world.manager.httpx_transport(**rules)) as client:
+        return client.post(url, json=body)
+
+
+@pytest.mark.parametrize("door", ["requests", "httpx", "asyncio", "gateway"])
+def test_an_alias_of_the_vlm_is_the_vlm(world: Street, door: str) -> None:
+    """`ollama cp` gives the same weights another name: loaded by the manager, leased, its keep_alive ruled, parked."""
+    world.client(world.front.url).copy(VLM, "me/eyes")
+    held: list[tuple[str, ...]] = []
+    world.ollama.responder = lambda model, prompt, images: held.append(world.leases()) or "ok"
+    world.manager.set_execution_mode("recording")
+    world.manager.ensure_vlm_unloaded()
+    body = {**PROMPT, "model": "Me/Eyes", "keep_alive": -1}
+    said = post_through(door, world, "/api/generate", body, other_models="refuse").json()
+    assert (said["model"], said["response"], len(held[0])) == ("Me/Eyes", "ok", 1)
+    assert world.ollama.loaded() == (VLM,)
+    loads = [entry.body["model"] for entry in world.ollama.log if entry.op == "ollama.load"]
+    assert set(loads) == {VLM}, "loaded by nobody but the manager"
+    assert [e.body["keep_alive"] for e in world.ollama.log if e.op == "ollama.generate"] == [360]
+    refused = post_through(door, world, "/api/generate", {**body, "model": OTHER}, other_models="refuse")
+    assert refused.status_code == 403
+    post_through(door, world, "/api/generate", {"model": "me/eyes", "keep_alive": 0})
+    assert not world.resident
+    assert world.manager.get_status().hold is Hold.PARKED
+
+
+@pytest.mark.parametrize("door", ["requests", "httpx", "asyncio", "gateway"])
+def test_without_an_answer_to_compare_a_name_is_what_it_says(world: Street, door: str) -> None:
+    """A list that does not come holds nobody up for long, and nobody's request is lost."""
+    world.ollama.faults.arm("ollama.tags", "before", times=None)
+    answer = post_through(door, world, "/api/generate", {**PROMPT, "model": OTHER})
+    assert answer.json()["model"] == OTHER
 
 
 def test_other_hosts_are_none_of_our_business(world: Street) -> None:

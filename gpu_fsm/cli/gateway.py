@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gpu_fsm.arguments import as_mode
-from gpu_fsm.cli.base import app_options, config_option, load_app
+from gpu_fsm.cli.base import app_options, check_clip_model, config_option, load_app
 from gpu_fsm.errors import BadArgument, one_line
 from gpu_fsm.tickets import Outcome
 
@@ -47,6 +47,7 @@ def gateway(listen: str | None, mode: str | None, config_path: Path | None, **se
         return load_app(config_path, settings, {"gateway_listen": "--listen"} if listen else None).config
 
     config = read()
+    check_clip_model(config.gpu)
     wanted = None if mode is None else as_mode(mode)
     from gpu_fsm.appconfig import Reloader
     from gpu_fsm.gateway.serve import Gateway
@@ -64,7 +65,10 @@ def gateway(listen: str | None, mode: str | None, config_path: Path | None, **se
             if error.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
                 raise
             problem = os.strerror(error.errno)
-            raise BadArgument(detail=f"{config.gateway.listen} cannot be used: {problem}") from None
+            raise BadArgument(
+                detail=f"{config.gateway.listen} cannot be used: {problem}",
+                remedy="Choose another address with --listen; Ollama itself listens on port 11434.",
+            ) from None
         quiet = dict.fromkeys(("control", "gateway"), lambda _: None)
         _control(config.control, manager, stack, Reloader(config, read, **quiet, gpu=manager.reconfigure))
         click.echo(f"gateway is listening on {server.url} for {config.gpu.vlm_model} at {config.gpu.ollama_url}")

@@ -31,6 +31,10 @@ class Guard:
             if problem is not None:
                 await refuse(scope, send, BadArgument(detail=problem), status=403)
                 return
+            if not scope["path"].startswith("/"):
+                error = BadArgument(detail="the request names no path of this server", remedy="It is no proxy.")
+                await refuse(scope, send, error, status=400)
+                return
         await self._app(scope, receive, send)
 
     def _problem(self, scope: Scope) -> str | None:

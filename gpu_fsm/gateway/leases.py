@@ -3,7 +3,7 @@
 Room is made with the manager's own verbs: IDLE, which promises nothing; the VLM out; CLIP on the CPU.  From then on the
 manager refuses what would take the room again, whoever asks for it, and the gateway also refuses other models.  When
 the last lease has ended or its holder has been silent for its TTL, the mode that was asked for before is asked for
-again.
+again.  Where the card is also lent by others (another gateway, a program's own `lend`), the last one does it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, frozen
 
+from gpu_fsm.driver import Loan, making_room
 from gpu_fsm.errors import BadArgument, CardHeld, GPUFSMError, InsufficientVRAM, LeaseTimeout, Refused, one_line
 from gpu_fsm.status import ExecutionMode, Hold
 
 if TYPE_CHECKING:
-    from gpu_fsm.driver import Loan
     from gpu_fsm.manager import GPUResourceManager
 
 log = logging.getLogger("gpu_fsm")
@@ -85,13 +86,6 @@ class _Before:
     clip_up: bool
     end: ExitStack
     """Ends that promise."""
-    requests: int = 0
-    """Our own for a mode."""
-
-    @property
-    def moved_on(self) -> bool:
-        """Whether somebody has asked for a mode meanwhile; it can only have been IDLE."""
-        return self.loan.requests > self.requests
 
 
 class Lender:
@@ -107,6 +101,8 @@ class Lender:
         self._before: _Before | None = None
         """Set while the card is lent or about to be."""
         self._room_mib: float | None = None
+        self._others: Counter[str] = Counter()
+        """Requests for other models that run now, by who asked."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def check_free(self) -> None:
@@ -123,6 +119,18 @@ class Lender:
             remedy="Ask again when the lease has ended.",
             name=", ".join(lease.wish.holder for lease in leases),
         )
+
+    @contextlib.contextmanager
+    def other_model(self, holder: str) -> Iterator[None]:
+        """While the block runs another model does: whoever asks for room waits for it.  Raises as `check_free`."""
+        self.check_free()
+        self._others[holder] += 1
+        try:
+            yield
+        finally:
+            self._others[holder] -= 1
+            self._others += Counter()  # those at 0 go
+            self._changed.set()
 
     def told(self) -> list[dict[str, Any]]:
         """Who holds what; without the ids, which only the holders know."""
@@ -179,9 +187,8 @@ class Lender:
         before, self._before = self._before, None
         if before is not None:
             before.end.close()
-            if not before.moved_on:
-                with contextlib.suppress(GPUFSMError):
-                    self._manager.submit_execution_mode(before.loan.mode)
+            with contextlib.suppress(GPUFSMError):
+                self._manager.submit_execution_mode(before.loan.mode)
 
     # --- making room and taking it back ---
 
@@ -212,8 +219,9 @@ class Lender:
             loan = end.enter_context(self._manager.lend(wish.holder))
             self._before = _Before(loan, status.clip_device not in ("cpu", "none"), end)
         if not self._leases:
-            self._before.requests += 1
-            await verbs.set_execution_mode(ExecutionMode.IDLE)
+            with making_room():
+                await verbs.set_execution_mode(ExecutionMode.IDLE)
+            await self._let_others_end()
             await verbs.ensure_vlm_unloaded()
             if status.clip_device != "none":
                 await verbs.migrate_clip_to_cpu()
@@ -228,6 +236,21 @@ class Lender:
         lent = f", {promised:.0f} MiB being lent" if promised else ""
         self._check(wish, free, f"free with all of ours given up{lent}")
         return free
+
+    async def _let_others_end(self) -> None:
+        """Wait for running requests to other models as long as for those to the VLM; raises `LeaseTimeout`."""
+        loop = asyncio.get_running_loop()
+        drain_s = self._manager.config.drain_timeout_s
+        end = loop.time() + drain_s
+        while self._others:
+            if (left := end - loop.time()) <= 0:
+                raise LeaseTimeout(
+                    detail=f"other models are still running for {', '.join(self._others)}",
+                    remedy="Ask again, or with a longer wait_s.",
+                    holders=tuple(self._others),
+                    waited_s=drain_s,
+                )
+            await self._pause(left)
 
     def _check(self, wish: Wish, free_mib: float, what: str) -> None:
         """Raise `InsufficientVRAM` where less than the wish and the reserve is there."""
@@ -312,12 +335,12 @@ class Lender:
             before.end.close()
             mode = before.loan.mode
             try:
-                if before.moved_on:
-                    return
                 if mode is not ExecutionMode.IDLE:
                     outcome = await self._manager.aio.set_execution_mode(mode)
                     log.info("gpu_fsm: the card is back; %s is %s", mode.name, outcome.state.name)
                 elif before.clip_up:
                     await self._manager.aio.migrate_clip_to_gpu()
+            except CardHeld as error:  # the last borrower asks for the mode again
+                log.info("gpu_fsm: the card is given back, but %s", error)
             except GPUFSMError as error:
                 log.warning("gpu_fsm: the card is back, but %s could not be restored: %s", mode.name, error)

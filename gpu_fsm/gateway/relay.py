@@ -11,7 +11,8 @@ import base64
 import contextlib
 import functools
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 import httpx
@@ -21,11 +22,13 @@ from gpu_fsm.appconfig import GatewayConfig
 from gpu_fsm.errors import BadArgument, GPUFSMError, ManagerClosed, OllamaTimeout, OllamaUnavailable, one_line
 from gpu_fsm.gateway.client import BadBody, Client, ClientGone, bad_body
 from gpu_fsm.gateway.leases import Lender
-from gpu_fsm.intercept.doors import Manager, Rules, admit_async, base_of
+from gpu_fsm.intercept.doors import TAGS, TAGS_S, Manager, Rules, admit_async, base_of
 from gpu_fsm.intercept.needs import Need, may_run_a_model
 
 CONNECT_S = 5.0
 """An Ollama that is there accepts in milliseconds."""
+
+T = TypeVar("T")
 
 LARGE_BODY = 1 << 18
 """Bytes; up to here a request is read in a millisecond or two."""
@@ -82,13 +85,19 @@ class Relay:
             return
         body = await client.read()
         encoded = any(key == b"content-encoding" for key, _ in scope["headers"])
-        read = functools.partial(self._rules.ask, self._manager.config, scope["method"], path, body, encoded=encoded)
+        config = self._manager.config
+        asked = config, scope["method"], path, body
         # Reading a picture takes longer than others should wait.
-        ask = read() if len(body) < LARGE_BODY else await asyncio.to_thread(read)
-        if ask.need in (Need.VLM, Need.OTHER):
-            self._lender.check_free()
+        far = asyncio.to_thread if len(body) >= LARGE_BODY else _at_once
+        ask = await far(functools.partial(self._rules.read, *asked, encoded=encoded))
+        if ask.names_another and self._rules.is_alias(config, ask, await self._tags()):
+            ask = await far(functools.partial(self._rules.read, *asked, encoded=encoded, vlm=ask.model))
         holder = f"{client.name}: {scope['method']} {one_line(path, 60)}"
         async with contextlib.AsyncExitStack() as stack:
+            if ask.need is Need.VLM:
+                self._lender.check_free()
+            elif ask.need is Need.OTHER:
+                stack.enter_context(self._lender.other_model(holder))
             await admit_async(self._manager, ask, stack, holder=holder, timeout_s=self._rules.timeout_s)
             whole = await self._relay(client, url, ask.body)
         if whole:
@@ -118,6 +127,13 @@ class Relay:
                 return False  # and so does ours: the server cuts an answer that does not end
         return True
 
+    async def _tags(self) -> bytes:
+        headers = [(b"authorization", self._authorization)] if self._authorization else []
+        try:
+            return (await self._http.get(self._base + TAGS, headers=headers, timeout=TAGS_S)).content
+        except httpx.HTTPError:
+            return b""
+
     def _url(self, scope: Scope) -> httpx.URL:
         path = scope["raw_path"].decode("latin-1")
         if not path.startswith("/"):
@@ -142,6 +158,10 @@ class Relay:
         raw = [(key.lower(), value) for key, value in response.headers.raw]
         dropped = _HOP | _named_by_connection(raw)
         return [(k, v) for k, v in raw if k not in dropped and not k.startswith(b"access-control-")]
+
+
+async def _at_once(call: Callable[[], T]) -> T:
+    return call()
 
 
 def _named_by_connection(headers: list[tuple[bytes, bytes]]) -> frozenset[bytes]:

@@ -14,12 +14,18 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpu_fsm.appconfig import GatewayConfig
-from gpu_fsm.errors import InternalError
+from gpu_fsm.errors import BadArgument, InternalError
 from gpu_fsm.gateway.app import build_app
 from gpu_fsm.gateway.leases import Lender
+from gpu_fsm.intercept.doors import aliases_of, base_of, origin_of
 from gpu_fsm.manager import GPUResourceManager
 
 log = logging.getLogger("gpu_fsm")
+http_log = logging.getLogger("gpu_fsm.gateway.http")
+# What a client does wrong is told to that client; here it would only let it fill somebody's log.
+http_log.addFilter(lambda record: record.levelno > logging.WARNING)
+
+_ANY = ("0.0.0.0", "[::]")
 
 START_S = 10.0
 STOP_MARGIN_S = 5.0
@@ -29,11 +35,13 @@ STOP_MARGIN_S = 5.0
 class Gateway:
     """Serves `manager` to other programs; a context manager.  The manager stays the caller's, to be closed after it.
 
-    `config` None is loopback at the default port.  Raises `OSError` where the address cannot be bound.
+    `config` None is loopback at the default port.  Raises `OSError` where the address cannot be bound, `BadArgument`
+    where it is the very address that the manager takes for Ollama's.
     """
 
     def __init__(self, manager: GPUResourceManager, config: GatewayConfig | None = None) -> None:
         self._config = config = config or GatewayConfig()
+        _check_not_itself(config, manager)
         self._socket = _listen(config)
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://{config.listen.rpartition(':')[0]}:{self.port}"
@@ -90,6 +98,18 @@ class Gateway:
         self.close()
 
 
+def _check_not_itself(config: GatewayConfig, manager: GPUResourceManager) -> None:
+    """What is easily done with one OLLAMA_HOST for every program: each request would come back for ever."""
+    host, _, port = config.listen.rpartition(":")
+    base = base_of(manager.config)
+    here = {origin_of(f"http://{name}:{port}") for name in (host, "127.0.0.1" if host in _ANY else host)}
+    if not here.isdisjoint(map(origin_of, aliases_of(base))):
+        raise BadArgument(
+            detail=f"the gateway would listen at {config.listen}, where it is told that Ollama is ({base})",
+            remedy="Set ollama_url to the real Ollama, usually http://127.0.0.1:11434, or choose another listen.",
+        )
+
+
 def _listen(config: GatewayConfig) -> socket.socket:
     name, _, port = config.listen.rpartition(":")
     host = "127.0.0.1" if name == "localhost" else name.strip("[]")
@@ -109,7 +129,7 @@ def _listen(config: GatewayConfig) -> socket.socket:
 
 
 def _protocol(head_timeout_s: float) -> type[asyncio.Protocol]:
-    """Uvicorn's HTTP/1.1 with two bounds that it lacks.
+    """Uvicorn's HTTP/1.1 with a quieter log and two bounds that it lacks.
 
     One on the time until a request's head is there: its own timer ends at the first byte, so a client could open
     connections, say a little or nothing, and keep them.  The other on the time that a closed connection takes to end:
@@ -122,6 +142,7 @@ def _protocol(head_timeout_s: float) -> type[asyncio.Protocol]:
         _was_closing = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            self.logger = http_log
             super().connection_made(transport)
             self._await_head()
             self._await_end()

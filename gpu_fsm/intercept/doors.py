@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from attrs import frozen
 
-from gpu_fsm.intercept.needs import Ask, Need, read, refused_model
+from gpu_fsm.intercept.needs import Ask, Need, is_alias, read, refused_model
 from gpu_fsm.settings import GPUResourceConfig, SecretURL
 
 OtherModels = Literal["pass", "refuse"]
@@ -60,20 +60,38 @@ class Rules:
     other_models: OtherModels = "pass"
     timeout_s: float | None = None
 
-    def ask(self, config: GPUResourceConfig, method: str, path: str, body: bytes, *, encoded: bool) -> Ask:
-        """Read a request; raises `BadArgument`, or `OllamaRequestRejected` for a model that the policy refuses."""
-        ask = read(
+    def read(
+        self, config: GPUResourceConfig, method: str, path: str, body: bytes, *, encoded: bool, vlm: str = ""
+    ) -> Ask:
+        """Read a request; `vlm` is another name of the VLM.  Raises `BadArgument`.
+
+        What `names_another` model goes on only after a look whether it `is_alias`.
+        """
+        return read(
             method,
             path,
             body,
-            vlm=config.vlm_model,
+            vlm=vlm or config.vlm_model,
             keep_alive_s=config.idle_timeout_s + config.keep_alive_margin_s,
             options=config.vlm_options,
             encoded=encoded,
         )
+
+    def is_alias(self, config: GPUResourceConfig, ask: Ask, tags: bytes) -> bool:
+        """Whether the VLM is meant, by an answer to `TAGS`: then it has to be read again under that name.
+
+        Raises `OllamaRequestRejected` for a model that the policy refuses.
+        """
+        if is_alias(tags, ask.model, config.vlm_model):
+            return True
         if ask.need is Need.OTHER and self.other_models == "refuse":
             raise refused_model(ask.model, config.vlm_model)
-        return ask
+        return False
+
+
+TAGS = "/api/tags"
+TAGS_S = 2.0
+"""Longer than Ollama takes for hundreds of models; without an answer a name is what it says."""
 
 
 def base_of(config: GPUResourceConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack
 from urllib.parse import urlsplit
@@ -11,7 +12,7 @@ import httpx
 from gpu_fsm.arguments import default_holder
 from gpu_fsm.errors import GPUFSMError
 from gpu_fsm.intercept.answers import answer_for
-from gpu_fsm.intercept.doors import Held, Manager, Rules, admit, admit_async, aliases_of, base_of
+from gpu_fsm.intercept.doors import TAGS, TAGS_S, Held, Manager, Rules, admit, admit_async, aliases_of, base_of
 from gpu_fsm.intercept.needs import Ask
 
 
@@ -32,10 +33,20 @@ class _Door:
         """Ollama's own path."""
         return request.url.path.removeprefix(self._prefix)
 
-    def ask(self, request: httpx.Request, body: bytes) -> Ask:
-        """Read it; raises the refusals of `Rules.ask`."""
+    def read(self, request: httpx.Request, body: bytes, *, vlm: str = "") -> Ask:
+        """See `Rules.read`."""
         encoded = "Content-Encoding" in request.headers
-        return self.rules.ask(self.manager.config, request.method, self.path(request), body, encoded=encoded)
+        return self.rules.read(self.manager.config, request.method, self.path(request), body, encoded=encoded, vlm=vlm)
+
+    def is_alias(self, ask: Ask, tags: bytes) -> bool:
+        """See `Rules.is_alias`."""
+        return self.rules.is_alias(self.manager.config, ask, tags)
+
+    def tags(self, request: httpx.Request) -> httpx.Request:
+        """The question that `is_alias` needs the answer of, with the credentials of the request in hand."""
+        headers = {name: request.headers[name] for name in ("Host", "Authorization") if name in request.headers}
+        url = request.url.copy_with(raw_path=f"{self._prefix}{TAGS}".encode())
+        return httpx.Request("GET", url, headers=headers, extensions={"timeout": httpx.Timeout(TAGS_S).as_dict()})
 
     def named(self, request: httpx.Request) -> str:
         """The lease's holder."""
@@ -73,7 +84,9 @@ class VLMTransport(httpx.BaseTransport):
         held = Held(stack := ExitStack())
         try:
             body = request.read()
-            ask = door.ask(request, body)
+            ask = door.read(request, body)
+            if ask.names_another and door.is_alias(ask, self._tags(request)):
+                ask = door.read(request, body, vlm=ask.model)
             admit(door.manager, ask, stack, holder=door.named(request), timeout_s=door.rules.timeout_s)
         except GPUFSMError as error:
             held.close()
@@ -86,6 +99,14 @@ class VLMTransport(httpx.BaseTransport):
         assert isinstance(response.stream, httpx.SyncByteStream)
         response.stream = _Leased(response.stream, held)
         return response
+
+    def _tags(self, request: httpx.Request) -> bytes:
+        try:
+            response = self._inner.handle_request(self._door.tags(request))
+            with contextlib.closing(response):
+                return response.read()
+        except httpx.HTTPError:
+            return b""
 
     def close(self) -> None:
         """Drop connections."""
@@ -125,7 +146,9 @@ class AsyncVLMTransport(httpx.AsyncBaseTransport):
         stack = AsyncExitStack()
         try:
             body = await request.aread()
-            ask = door.ask(request, body)
+            ask = door.read(request, body)
+            if ask.names_another and door.is_alias(ask, await self._tags(request)):
+                ask = door.read(request, body, vlm=ask.model)
             await admit_async(door.manager, ask, stack, holder=door.named(request), timeout_s=door.rules.timeout_s)
         except GPUFSMError as error:
             await stack.aclose()
@@ -139,6 +162,14 @@ class AsyncVLMTransport(httpx.AsyncBaseTransport):
         assert isinstance(response.stream, httpx.AsyncByteStream)
         response.stream = _AsyncLeased(response.stream, stack)
         return response
+
+    async def _tags(self, request: httpx.Request) -> bytes:
+        try:
+            response = await self._inner.handle_async_request(self._door.tags(request))
+            async with contextlib.aclosing(response):
+                return await response.aread()
+        except httpx.HTTPError:
+            return b""
 
     async def aclose(self) -> None:
         """Drop connections."""

@@ -18,7 +18,7 @@ from gpu_fsm.errors import BadArgument, OllamaRequestRejected
 from gpu_fsm.ollama import canonical_name
 
 NATIVE = frozenset({"/api/generate", "/api/chat", "/api/embed", "/api/embeddings"})
-"""Routes that take a keep_alive and runner options."""
+"""Routes that take runner options; a keep_alive is taken by some more, and by any that is still to come."""
 
 _UNLOADING = {"/api/generate": "prompt", "/api/chat": "messages"}
 """Routes that unload on a keep_alive of 0, and what must be empty for it."""
@@ -28,6 +28,8 @@ _NO_MODEL_RUNS = re.compile(r"/api/(show|pull|push|create|copy|delete|me|signout
 
 MOST_PARTS = 1 << 20
 """Of a request's JSON: braces, brackets and commas.  A megabyte of those becomes a hundred in Python's memory."""
+
+_SLASHES = re.compile(r"//+")
 
 _RULED = ("keep_alive", "options")
 
@@ -54,9 +56,15 @@ class Ask:
     model: str = ""
     body: bytes = b""
 
+    @property
+    def names_another(self) -> bool:
+        """Whether it names a model, and not the VLM by the name that we know: it may be an alias."""
+        return bool(self.model) and self.need in (Need.OTHER, Need.NOTHING)
+
 
 def may_run_a_model(method: str, path: str) -> bool:
     """Whether the body has to be read before the request may go on; `path` is decoded, without the query."""
+    path = _SLASHES.sub("/", path)  # as web servers in front of Ollama do
     # In any case of letters: HTTP libraries send a `post` on as POST.
     return method.upper() == "POST" and path.startswith(("/api/", "/v1/")) and not _NO_MODEL_RUNS.fullmatch(path)
 
@@ -70,6 +78,7 @@ def read(
     """
     if not may_run_a_model(method, path):
         return Ask(need=Need.NOTHING, body=body)
+    path = _SLASHES.sub("/", path)
     if encoded:
         raise BadArgument(detail="a compressed request cannot be judged", remedy="Send it without Content-Encoding.")
     asked = _object(body)
@@ -85,6 +94,17 @@ def read(
     if _unloads(path, asked):
         return Ask(need=Need.UNLOAD, model=name, body=body)
     return Ask(need=Need.VLM, model=name, body=_ours(path, asked, body, keep_alive_s, options))
+
+
+def is_alias(tags: bytes, name: str, vlm: str) -> bool:
+    """Whether both names are of one model (`ollama cp`), by an answer of `/api/tags`."""
+    try:
+        entries = json.loads(tags)["models"]
+        digests = {canonical_name(str(entry["name"])): entry["digest"] for entry in entries}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    digest = digests.get(canonical_name(vlm))
+    return bool(digest) and digests.get(canonical_name(name)) == digest
 
 
 class _Object(dict[str, Any]):
@@ -154,11 +174,9 @@ def _ours(path: str, asked: _Object, body: bytes, keep_alive_s: float, options: 
 
     Another keep_alive would pin the VLM or drop it behind the manager's back; other options would load it anew.
     """
-    if path not in NATIVE:
-        return body  # `/v1` has neither, and leaves both as the manager's own load set them
     given = asked.folded.get("options")
     wanted: Any = given  # what is no table, Ollama refuses
-    if given is None or isinstance(given, dict):
+    if path in NATIVE and (given is None or isinstance(given, dict)):
         wanted = {**options, **(given or {})} or given
     if "keep_alive" not in asked.folded and wanted == given:
         return body

@@ -14,7 +14,7 @@ from requests.models import PreparedRequest, Response
 from gpu_fsm.arguments import default_holder
 from gpu_fsm.errors import GPUFSMError
 from gpu_fsm.intercept.answers import Answer, answer_for
-from gpu_fsm.intercept.doors import Held, Manager, Rules, admit, aliases_of, base_of, origin_of
+from gpu_fsm.intercept.doors import TAGS, TAGS_S, Held, Manager, Rules, admit, aliases_of, base_of, origin_of
 
 
 class VLMAdapter(HTTPAdapter):
@@ -35,7 +35,10 @@ class VLMAdapter(HTTPAdapter):
         try:
             body = _body_of(request)
             encoded = "Content-Encoding" in request.headers
-            ask = self._rules.ask(self._manager.config, request.method or "GET", path, body, encoded=encoded)
+            asked = self._manager.config, request.method or "GET", path, body
+            ask = self._rules.read(*asked, encoded=encoded)
+            if ask.names_another and self._rules.is_alias(asked[0], ask, self._tags(request, options)):
+                ask = self._rules.read(*asked, encoded=encoded, vlm=ask.model)
             if ask.body is not body:
                 request = request.copy()
                 request.prepare_body(ask.body, None)
@@ -51,6 +54,17 @@ class VLMAdapter(HTTPAdapter):
             held.close()
             raise
         return _until_read(response, held)
+
+    def _tags(self, request: PreparedRequest, options: dict[str, Any]) -> bytes:
+        """Ask with the credentials of the request in hand."""
+        url = urlsplit(request.url or "")
+        told = requests.Request("GET", f"{url.scheme}://{url.netloc}{self._prefix}{TAGS}").prepare()
+        if "Authorization" in request.headers:
+            told.headers["Authorization"] = request.headers["Authorization"]
+        try:
+            return super().send(told, **{**options, "stream": False, "timeout": TAGS_S}).content
+        except requests.RequestException:
+            return b""
 
 
 class DoorSession(requests.Session):

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 from gpu_fsm.simulation.card import Card, SharedCard, SimulatedCard
@@ -82,7 +82,8 @@ def _handler_for(server: SimulatedOllama) -> type[http.server.BaseHTTPRequestHan
 
         def _serve(self) -> None:
             size = int(self.headers.get("Content-Length") or 0)
-            body = self.rfile.read(size) if size else b""
+            chunked = "chunked" in self.headers.get("Transfer-Encoding", "").casefold()
+            body = b"".join(self._chunks()) if chunked else self.rfile.read(size) if size else b""
             headers = {"Host": self.headers.get("Host", "")}
             client = self.headers.get("X-Client") or f"{self.client_address[0]}:{self.client_address[1]}"
             exchange = Exchange(self.command, self.path, body, headers, client)
@@ -95,6 +96,13 @@ def _handler_for(server: SimulatedOllama) -> type[http.server.BaseHTTPRequestHan
                 self.close_connection = True
             except OSError:
                 self._leave(exchange)
+
+        def _chunks(self) -> Iterator[bytes]:
+            while size := int(self.rfile.readline().partition(b";")[0], 16):
+                yield self.rfile.read(size)
+                self.rfile.readline()
+            while self.rfile.readline().strip():
+                pass  # trailers
 
         def _relay(self, exchange: Exchange, stirred: threading.Event) -> None:
             head_sent = False

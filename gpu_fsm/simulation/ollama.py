@@ -14,9 +14,9 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from attrs import define
+from attrs import define, evolve
 
-from gpu_fsm.simulation import openai
+from gpu_fsm.simulation import openai, speech
 from gpu_fsm.simulation.card import Card
 from gpu_fsm.simulation.clock import WorldClock
 from gpu_fsm.simulation.faults import Fault, Faults
@@ -338,7 +338,7 @@ class SimulatedOllama(Scheduler):
             reason = "stop" if body.get("prompt") or body.get("messages") else "load"
             if body.get("keep_alive") in (0, "0", "0s") and reason == "load":
                 reason = "unload"
-            exchange.json(200, self._reply(name, path == "/api/chat", "", done_reason=reason))
+            exchange.json(200, self._reply(name, path == "/api/chat", speech.Said(), done_reason=reason))
         else:
             exchange.json(200, {})
 
@@ -483,6 +483,31 @@ class SimulatedOllama(Scheduler):
         name = short_name(string_of(body, "model", "PullRequest") or string_of(body, "name", "PullRequest"))
         pull(self, exchange, name, stream=body.get("stream") is not False)
 
+    def _post_create(self, exchange: Exchange, body: Any, fault: Fault | None) -> None:
+        """Only `from` a model that is there: the weights are its own, the manifest is new."""
+        name = short_name(string_of(body, "model", "CreateRequest") or string_of(body, "name", "CreateRequest"))
+        source = self._named(string_of(body, "from", "CreateRequest"))
+        self.add_model(evolve(source, name=name, digest=hashlib.sha256(dumps(body)).hexdigest()))
+        lines = [f"using existing layer sha256:{source.blob}", "writing manifest", "success"]
+        if body.get("stream") is False:
+            exchange.json(200, {"status": lines[-1]})
+            return
+        exchange.begin(200, _NDJSON)
+        for line in lines:
+            exchange.push(dumps({"status": line}) + b"\n")
+        exchange.finish()
+
+    def _post_copy(self, exchange: Exchange, body: Any, fault: Fault | None) -> None:
+        source = self._named(string_of(body, "source", "CopyRequest"))
+        self.add_model(evolve(source, name=short_name(string_of(body, "destination", "CopyRequest"))))
+        exchange.answer(200, b"", "")
+
+    def _named(self, name: str) -> SimulatedModel:
+        model = self.models.get(short_name(name).casefold())
+        if model is None:
+            raise Refusal(404, f"model {json.dumps(name)} not found")
+        return model
+
     def _delete(self, exchange: Exchange, body: Any, fault: Fault | None) -> None:
         name = string_of(body, "model", "DeleteRequest") or string_of(body, "name", "DeleteRequest")
         if self.models.pop(short_name(name).casefold(), None) is None:
@@ -532,14 +557,15 @@ class SimulatedOllama(Scheduler):
             raise Refusal(400, f'"{name}" does not support {verb}')
         if body.get("think") and "thinking" not in model.capabilities:
             raise Refusal(400, f'"{name}" does not support thinking')
-        if body.get("suffix") and "insert" not in model.capabilities:
-            raise Refusal(400, f"registry.ollama.ai/library/{model.name} does not support insert")
+        for asked, capability in (("suffix", "insert"), ("tools", "tools")):
+            if body.get(asked) and capability not in model.capabilities:
+                raise Refusal(400, f"registry.ollama.ai/library/{model.name} does not support {capability}")
         options = _options(body.get("options"), model)
         stream = body.get("stream") is not False
         if idle:
 
             def ready(runner: Runner) -> None:
-                exchange.json(200, self._reply(name, chat, "", done_reason="load"))
+                exchange.json(200, self._reply(name, chat, speech.Said(), done_reason="load"))
                 self._done(runner)
 
         else:
@@ -586,7 +612,7 @@ class SimulatedOllama(Scheduler):
 
     def _unload(self, exchange: Exchange, name: str, model: SimulatedModel, chat: bool, fault: Fault | None) -> None:
         def acknowledge() -> None:
-            exchange.json(200, self._reply(name, chat, "", done_reason="unload"))
+            exchange.json(200, self._reply(name, chat, speech.Said(), done_reason="unload"))
             self._expire(model, fault)
 
         load = self._load
@@ -661,7 +687,7 @@ class SimulatedOllama(Scheduler):
             cut = 0 < limit < len(words)
             words = words[:limit] if cut else words
             size = max(1, math.ceil(len(words) / 8))
-            parts = ["".join(words[i : i + size]) for i in range(0, len(words), size)]
+            parts = speech.pieces(body, ["".join(words[i : i + size]) for i in range(0, len(words), size)])
             began = self.clock.monotonic()
             self.counts["generations"] += 1
 
@@ -692,14 +718,14 @@ class SimulatedOllama(Scheduler):
                         exchange.push(dumps(self._reply(name, chat, parts[index], done=False)) + b"\n")
                         work.next = self.clock.after(self.generate_s / len(parts), lambda: say(index + 1))
                         return
-                    last = self._reply(name, chat, "", done_reason=reason) | facts()
+                    last = self._reply(name, chat, speech.Said(), done_reason=reason) | facts()
                     exchange.push(dumps(last) + b"\n")
                     exchange.finish()
                 else:
                     if index < len(parts):
                         work.next = self.clock.after(self.generate_s / len(parts), lambda: say(index + 1))
                         return
-                    exchange.json(200, self._reply(name, chat, "".join(parts), done_reason=reason) | facts())
+                    exchange.json(200, self._reply(name, chat, speech.whole(parts), done_reason=reason) | facts())
                 over()
 
             say(0)
@@ -713,17 +739,16 @@ class SimulatedOllama(Scheduler):
             runner.waiting.append(work)
 
     def _reply(
-        self, name: str, chat: bool, text: str, *, done: bool = True, done_reason: str | None = None
+        self, name: str, chat: bool, said: speech.Said, *, done: bool = True, done_reason: str | None = None
     ) -> dict[str, Any]:
         now_ns = 0 if self.frozen else self._now_ns()
         reply: dict[str, Any] = {"model": name, "created_at": timestamp(self.epoch_s, now_ns)}
-        if chat:
-            reply["message"] = {"role": "assistant", "content": text}
-        else:
-            reply["response"] = text
+        reply |= said.fields(chat=chat)
         reply["done"] = done
         if done_reason is not None:
             reply["done_reason"] = done_reason
+        if said.logprobs:
+            reply["logprobs"] = list(said.logprobs)
         return reply
 
     def _find(self, name: str, missing: str) -> SimulatedModel:
@@ -809,6 +834,8 @@ _ROUTES: dict[str, dict[str, _Handler]] = {
     "/api/ps": {"GET": _S._get_ps},
     "/api/show": {"POST": _S._post_show},
     "/api/pull": {"POST": _S._post_pull},
+    "/api/create": {"POST": _S._post_create},
+    "/api/copy": {"POST": _S._post_copy},
     "/api/delete": {"DELETE": _S._delete},
     "/api/generate": {"POST": _S._post_generate},
     "/api/chat": {"POST": _S._post_chat},
