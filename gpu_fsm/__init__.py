@@ -40,12 +40,16 @@ cli - the command line
 
 from __future__ import annotations
 
-from gpu_fsm.errors import GPUFSMError
-from gpu_fsm.events import Event
-from gpu_fsm.manager import GPUResourceManager
-from gpu_fsm.settings import GPUResourceConfig, load_config
-from gpu_fsm.status import ExecutionMode, GPUResourceStatus, Hold, ModelState, Reason, State, VRAMInfo
-from gpu_fsm.tickets import Outcome
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpu_fsm.errors import GPUFSMError
+    from gpu_fsm.events import Event
+    from gpu_fsm.manager import GPUResourceManager
+    from gpu_fsm.settings import GPUResourceConfig, load_config
+    from gpu_fsm.status import ExecutionMode, GPUResourceStatus, Hold, ModelState, Reason, State, VRAMInfo
+    from gpu_fsm.tickets import Outcome
 
 __version__ = "0.1.0"
 
@@ -65,3 +69,26 @@ __all__ = [
     "__version__",
     "load_config",
 ]
+
+_HOMES = {
+    "errors": ("GPUFSMError",),
+    "events": ("Event",),
+    "manager": ("GPUResourceManager",),
+    "settings": ("GPUResourceConfig", "load_config"),
+    "status": ("ExecutionMode", "GPUResourceStatus", "Hold", "ModelState", "Reason", "State", "VRAMInfo"),
+    "tickets": ("Outcome",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, when it is: a command that is interrupted before that ends in one line."""
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -118,12 +118,14 @@ class AgentConfig:
         "how much farther the nearest other screen must be; `none` takes the CLIP model's own",
         live=True,
     )
-    image_weight: float = setting(1.0, Fraction(0.0, 1.0), "what the picture counts in a score")
-    text_weight: float = setting(0.0, Fraction(0.0, 1.0), "what a screen's text counts in a score, where it has one")
-    largest_side_px: int = count(
-        1600, 32, 16384, "screens with a longer side are sent to the VLM smaller: it reads no finer"
+    image_weight: float = setting(1.0, Fraction(0.0, 1.0), "what the picture counts in a score", live=True)
+    text_weight: float = setting(
+        0.0, Fraction(0.0, 1.0), "what a screen's text counts in a score, where it has one", live=True
     )
-    cache_size: int = count(1024, 0, 1_000_000, "the VLM's answers kept in memory, by picture")
+    largest_side_px: int = count(
+        1600, 32, 16384, "screens with a longer side are sent to the VLM smaller: it reads no finer", live=True
+    )
+    cache_size: int = count(1024, 0, 1_000_000, "the VLM's answers kept in memory, by picture", live=True)
     prompt: str | None = setting(
         None, Text("a text, or none", _check_prompt, optional=True), "asked of the VLM; `none` takes the built-in one"
     )
@@ -134,11 +136,12 @@ class AgentConfig:
         None,
         Fraction(0.0, 4_000_000.0, optional=True),
         "how long a screen waits for the VLM; `none` as long as the manager allows",
+        live=True,
     )
     index_path: Path | None = setting(  # noqa: RUF009 - a frozen field, whatever its type
         None, Place(), "file of the screen memory, saved after each recorded screen; `none` keeps it in memory only"
     )
-    interval_s: float = seconds(1.0, "pause between two looks at a live screen", zero=True)
+    interval_s: float = seconds(1.0, "pause between two looks at a live screen", zero=True, live=True)
 
     def __attrs_post_init__(self) -> None:
         check_all(self)
@@ -492,7 +495,20 @@ class Reloader:
         try:
             return changes(getattr(self._config, section), getattr(new, section))
         except ConfigError as wrong:
-            raise attrs.evolve(wrong, name=_named(section, wrong.name)) from None
+            name = _named(section, wrong.name)
+            why = _FIXED.get(name) or _FIXED.get(section)
+            detail = f"it cannot change under way: {why}" if why else wrong.detail
+            raise attrs.evolve(wrong, name=name, detail=detail) from None
+
+
+_FIXED = {
+    "agent.index_path": "what this run remembers is in the file it began with",
+    "agent.labels": "the answers that are kept and remembered have the labels of before",
+    "agent.prompt": "the answers that are kept and remembered were given to the one of before",
+    "control": "the socket is open already",
+    "gateway": "its clients are being served by it",
+}
+"""Why a setting of these sections is not `live`."""
 
 
 def _named(section: str, name: str) -> str:

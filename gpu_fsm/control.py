@@ -19,6 +19,7 @@ import socket
 import stat
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -99,8 +100,13 @@ class ControlServer:
     """Serves a manager until `close()`; a context manager.  `path` None takes a name in the user's runtime folder.
 
     `on_mode` is told a mode that somebody outside asked for and that was not refused; `on_reload` reads the settings
-    again and returns what changed, by name, or raises why not.  Raises `BadArgument` for a place that cannot be
-    trusted or is taken, `OSError` where there is no room for a socket.
+    again and returns what changed, by name, or raises why not.  `doing` says in words what takes a while at the moment,
+    for the status; empty where nothing does.
+
+    With `starting` the program is not ready yet: who looks is answered at once, who asks for a change waits for
+    `started()`, and `on_mode` is told a mode when it is asked for, so that the program can begin with it.
+
+    Raises `BadArgument` for a place that cannot be trusted or is taken, `OSError` where there is no room for a socket.
     """
 
     def __init__(
@@ -111,10 +117,16 @@ class ControlServer:
         max_clients: int = 64,
         on_mode: Callable[[ExecutionMode], object] | None = None,
         on_reload: Callable[[], Mapping[str, Any]] | None = None,
+        doing: Callable[[], str] | None = None,
+        starting: bool = False,
     ) -> None:
         self._manager = manager
         self._on_mode = on_mode
         self._on_reload = on_reload
+        self._doing = doing or str
+        self._ready = threading.Event()
+        if not starting:
+            self._ready.set()
         self._max_clients = max_clients
         self._lock = threading.Lock()
         self._clients: set[socket.socket] = set()
@@ -127,6 +139,10 @@ class ControlServer:
         self._thread = threading.Thread(target=self._accept, name="gpu_fsm-control", daemon=True)
         self._thread.start()
 
+    def started(self) -> None:
+        """The program is ready: whoever waits to ask for a change may now."""
+        self._ready.set()
+
     def close(self) -> None:
         """Take the socket away and let every client go.  Idempotent."""
         with self._lock:
@@ -135,6 +151,7 @@ class ControlServer:
             self._closed = True
             clients, followers = tuple(self._clients), tuple(self._followers)
         self._unsubscribe()
+        self._ready.set()
         with contextlib.suppress(OSError):
             self.path.unlink()
         for follower in followers:
@@ -209,7 +226,7 @@ class ControlServer:
         manager = self._manager
         match question["do"]:
             case "status":
-                return manager.get_status().to_dict()
+                return manager.get_status().to_dict() | {"doing": self._doing()}
             case "explain":
                 return manager.explain(_mode(question))
             case "events":
@@ -220,6 +237,9 @@ class ControlServer:
                 if not isinstance(preempt, bool):
                     raise BadArgument(detail="preempt is neither true nor false")
                 timeout_s = _timeout(question)
+                if not self._ready.is_set():
+                    self._tell_mode(mode)
+                    timeout_s = self._await_start(timeout_s)
                 try:
                     outcome = manager.set_execution_mode(mode, preempt=preempt, timeout_s=timeout_s)
                 except OperationTimeout:
@@ -233,18 +253,32 @@ class ControlServer:
                     "reason": None if outcome.reason is None else plain(outcome.reason),
                 }
             case "vlm_load":
-                return manager.ensure_vlm_loaded(timeout_s=_timeout(question))
+                return manager.ensure_vlm_loaded(timeout_s=self._await_start(_timeout(question)))
             case "vlm_unload":
-                return manager.ensure_vlm_unloaded(timeout_s=_timeout(question))
+                return manager.ensure_vlm_unloaded(timeout_s=self._await_start(_timeout(question)))
             case "reload":
                 if self._on_reload is None:
                     raise BadArgument(detail="this program has no settings to read again", remedy="Start it again.")
+                if not self._ready.is_set():
+                    raise OperationTimeout(detail=f"it is still starting: {self._doing()}", remedy="Ask again later.")
                 return dict(self._on_reload())
             case other:
                 raise BadArgument(
                     detail=f"{one_line(other, 40)} is nothing that can be done here",
                     remedy="Ask for status, explain, events, mode, vlm_load, vlm_unload or reload.",
                 )
+
+    def _await_start(self, timeout_s: float | None) -> float | None:
+        """Wait until the program is ready; returns what is left of the time."""
+        begun = time.monotonic()
+        if not self._ready.wait(timeout_s):
+            raise OperationTimeout(
+                detail=f"no answer within {timeout_s:g} s: it is still starting: {self._doing()}",
+                remedy="Ask again later.",
+            )
+        if self._closed:
+            raise ManagerClosed(detail="the manager has closed")
+        return None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - begun))
 
     def _tell_mode(self, mode: ExecutionMode) -> None:
         if self._on_mode is not None:

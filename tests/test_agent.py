@@ -7,10 +7,12 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ from gpu_fsm.agent import (
     FusionEngine,
     Limits,
     Screen,
+    ScreenLost,
     ScreenMemoryError,
+    Step,
     Stopper,
     UIDetector,
     Verdict,
@@ -38,6 +42,8 @@ from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.status import ExecutionMode, GPUResourceStatus, State
 from tests.waiting import Gate, in_thread, let_time_pass, until
 from tests.worlds import inline, threaded
+
+pytestmark = pytest.mark.core
 
 np = pytest.importorskip("numpy", reason="numpy is not installed")
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
@@ -71,6 +77,13 @@ class StandIn:
 
     def get_status(self) -> GPUResourceStatus:
         return GPUResourceStatus(state=self.state)
+
+    def ensure_vlm_unloaded(self) -> None:
+        if self.refuse is not None:
+            raise self.refuse()
+
+    def migrate_clip_to_cpu(self) -> None:
+        pass
 
     @contextlib.contextmanager
     def vlm(self, *, holder: str = "", timeout_s: float | None = None) -> Iterator[StandIn]:
@@ -133,6 +146,17 @@ def test_a_screen_is_sent_as_it_is_with_a_schema_for_the_answer() -> None:
     assert manager.images == [shot.data]
     assert isinstance(manager.formats[0], Mapping)
     assert manager.formats[0]["required"] == ["label", "summary"]
+
+
+def test_the_cache_can_be_made_smaller_while_it_is_full() -> None:
+    """The oldest answers go with the next one that is kept."""
+    manager = StandIn(*[says(name) for name in "abcdc"])
+    detector = UIDetector(manager)
+    shots = {name: screen(name, (ord(name), 0, 0)) for name in "abcd"}
+    for name in "abc":
+        detector.classify(shots[name])
+    detector.cache_size = 1
+    assert [detector.classify(shots[name]).source for name in "ddc"] == ["vlm", "cache", "vlm"]
 
 
 def test_a_large_screen_is_sent_smaller() -> None:
@@ -572,6 +596,91 @@ def test_without_a_desktop_the_live_screen_says_so(monkeypatch: pytest.MonkeyPat
         live()
 
 
+class Desktop:
+    """An X server without a monitor; what it shows is painted straight into its memory."""
+
+    def __init__(self, program: str, folder: Path) -> None:
+        reader, writer = os.pipe()
+        options = f"-displayfd {writer} -screen 0 320x200x24 -fbdir {folder} -noreset -nolisten tcp"
+        self.process = subprocess.Popen(
+            [program, *options.split()],
+            pass_fds=[writer],
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(writer)
+        with os.fdopen(reader) as told:
+            self.display = f":{told.readline().strip()}"
+        self._memory = folder / "Xvfb_screen0"
+
+    def paint(self, pixels: Any) -> None:
+        """Show uint8 RGB of shape (200, 320, 3)."""
+        head = np.frombuffer(self._memory.read_bytes()[:100], ">u4")  # an XWD header, then its colours, then the pixels
+        begin, row_bytes = int(head[0] + 12 * head[19]), int(head[12])
+        rows = np.memmap(self._memory, np.uint8, "r+", begin, (200, row_bytes))
+        rows[:, : 4 * 320].reshape(200, 320, 4)[:, :, :3] = pixels[:, :, ::-1]
+        rows.flush()
+
+    def end(self) -> None:
+        """As when somebody logs out."""
+        self.process.terminate()
+        self.process.wait(10.0)
+
+
+@pytest.fixture
+def desktop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desktop]:
+    """A desktop of our own, where one can be had."""
+    pytest.importorskip("mss", reason="mss is not installed")
+    program = shutil.which("Xvfb")
+    if program is None:
+        pytest.skip("Xvfb, the X server without a monitor, is not installed (Debian: xvfb)")
+    desktop = Desktop(program, tmp_path)
+    monkeypatch.setenv("DISPLAY", desktop.display)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    yield desktop
+    desktop.end()
+
+
+def test_the_live_screen_is_what_a_desktop_shows(desktop: Desktop) -> None:
+    """Pixel for pixel; one look for each picture, as one screen and as all of them."""
+    y, x = np.mgrid[0:200, 0:320]
+    first = np.stack([x % 256, y, (x + y) % 256], axis=-1).astype(np.uint8)
+    looks = live(every_s=0.0)
+    desktop.paint(first)
+    assert (np.asarray(next(looks).image()) == first).all()
+    second = first[::-1]
+    desktop.paint(second)
+    assert (np.asarray(next(looks).image()) == second).all()
+    assert (np.asarray(next(live(monitor=0)).image()) == second).all()
+
+
+@pytest.mark.parametrize("monitor", [2, 7, -1])
+def test_a_monitor_that_is_not_there_is_named(desktop: Desktop, monitor: int) -> None:
+    """With those that are, and before anything has been loaded."""
+    with pytest.raises(errors.BadArgument, match=rf"no monitor {monitor}: 1 to 1 are there"):
+        live(monitor=monitor)
+
+
+def test_a_desktop_that_ends_is_one_clear_error(desktop: Desktop) -> None:
+    """Not an assertion of the library's; an agent then ends with what it has saved."""
+    looks = live(every_s=0.0, only_changes=False)
+    next(looks)
+    desktop.end()
+    with pytest.raises(ScreenLost, match=r"monitor 1 cannot be seen any more: .+ Start again"):
+        next(looks)
+
+
+def test_a_black_screen_under_wayland_is_told_of(
+    desktop: Desktop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There X programs are shown nothing else, and the agent would record that."""
+    desktop.paint(np.zeros((200, 320, 3), np.uint8))
+    live()
+    assert not caplog.records
+    monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
+    live()
+    assert "X11 session" in caplog.text
+
+
 # --- ExecutionLoop ----------------------------------------------------------------------------------------------------
 
 
@@ -912,7 +1021,7 @@ def test_a_cancelled_arun_is_cancelled() -> None:
 
     async def work() -> None:
         loop = ExecutionLoop(manager, UIDetector(manager), FusionEngine(LIMITS))
-        running = asyncio.create_task(loop.arun(ExecutionMode.IDLE, never()))
+        running = asyncio.create_task(loop.arun(ExecutionMode.AUTOPILOT, never()))
         await asyncio.sleep(0.05)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -920,6 +1029,80 @@ def test_a_cancelled_arun_is_cancelled() -> None:
 
     with threaded(SimulatedWorld()) as manager:
         asyncio.run(work())
+
+
+# --- IDLE is a pause --------------------------------------------------------------------------------------------------
+
+
+def test_idle_pauses_the_agent_and_frees_the_card(caplog: pytest.LogCaptureFixture) -> None:
+    """In the middle of its screens: nothing is taken or asked while it lasts, and then it goes on where it was."""
+    world = SimulatedWorld(responder=lambda *_: says("red"))
+    told: list[str] = []
+
+    def pause(begins: bool) -> None:
+        told.append("pause" if begins else "on")
+        if begins:
+            in_thread(go_on)
+
+    def go_on() -> None:
+        try:
+            until(lambda: not world.vlm_held_mib() and manager.get_clip_device() == "cpu")
+            told.append("free")
+        finally:
+            loop.follow(ExecutionMode.RECORDING)
+
+    def step(done: Step) -> None:
+        told.append(done.screen)
+        if done.screen == "r":
+            assert world.vlm_held_mib()
+            manager.set_execution_mode(ExecutionMode.IDLE)
+            loop.follow(ExecutionMode.IDLE)
+
+    with inline(world) as manager:
+        memory = FusionEngine(LIMITS)
+        loop = ExecutionLoop(manager, UIDetector(manager), memory, on_step=step, on_pause=pause)
+        loop.run(ExecutionMode.RECORDING, [screen("r"), screen("g", GREEN)])
+    assert told == ["r", "pause", "free", "on", "g"]
+    assert not caplog.records
+
+
+def test_idle_pauses_an_agent_under_asyncio_too() -> None:
+    """The event loop goes on meanwhile; a source that waits is not asked."""
+    world = SimulatedWorld(responder=lambda *_: says("red"))
+    asked: list[str] = []
+
+    async def source() -> AsyncIterator[Screen]:
+        for name, colour in (("r", RED), ("g", GREEN)):
+            asked.append(name)
+            yield screen(name, colour)
+
+    async def work() -> int:
+        loop = ExecutionLoop(manager, UIDetector(manager), FusionEngine(LIMITS))
+        running = asyncio.create_task(loop.arun(ExecutionMode.IDLE, source()))
+        while manager.get_clip_device() != "cpu":
+            await asyncio.sleep(0.001)
+        assert asked == []
+        await loop.aset_mode(ExecutionMode.RECORDING)
+        return len(await running)
+
+    with threaded(world) as manager:
+        let_time_pass(world, in_thread(manager.set_execution_mode, ExecutionMode.AUTOPILOT))
+        assert manager.get_clip_device() != "cpu"
+        assert let_time_pass(world, in_thread(asyncio.run, work())) == 2
+        let_time_pass(world, in_thread(manager.close))
+
+
+@SIGNALS
+def test_a_signal_ends_a_pause(number: signal.Signals) -> None:
+    """At once, as it ends every wait; a card that could not be given back is said to be."""
+    begun = time.monotonic()
+    manager = StandIn(refuse=unreachable)
+    loop = loop_with(manager, on_pause=lambda begins: threading.Timer(0.02, send, [number]).start() if begins else None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpu_fsm.agent.loop._PAUSE_LOOK_S", 20.0)
+        assert loop.run(ExecutionMode.IDLE, [screen("r")]) == ()
+    assert loop.stopper.signal is number
+    assert time.monotonic() - begun < 10.0
 
 
 def test_a_blocking_source_does_not_block_the_event_loop() -> None:
@@ -933,7 +1116,7 @@ def test_a_blocking_source_does_not_block_the_event_loop() -> None:
 
     async def work() -> int:
         loop = ExecutionLoop(manager, UIDetector(manager), FusionEngine(LIMITS))
-        running = asyncio.create_task(loop.arun(ExecutionMode.IDLE, slow()))
+        running = asyncio.create_task(loop.arun(ExecutionMode.AUTOPILOT, slow()))
         while not asked.is_set():
             await asyncio.sleep(0.001)
         go.set()

@@ -14,13 +14,15 @@ from PIL import Image
 from rich.console import Console
 
 from gpu_fsm import ExecutionMode, GPUResourceConfig, State
-from gpu_fsm.agent import ExecutionLoop, FusionEngine, Screen, UIDetector
+from gpu_fsm.agent import ExecutionLoop, FusionEngine, Screen, Stopper, UIDetector
+from gpu_fsm.appconfig import AgentConfig, AppConfig
 from gpu_fsm.cli import running
 from gpu_fsm.cli.board import Board
 from gpu_fsm.errors import BadArgument
 from gpu_fsm.events import StateChanged
 from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.testing.stateful import inline_manager
+from tests.waiting import until
 
 MIB = 1 << 20
 
@@ -52,9 +54,41 @@ def test_to_a_pipe_go_lines_only(capsys: pytest.CaptureFixture[str]) -> None:
         board.fetch("vlm: success", 0, None)
         board.say("done")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "vlm: pulling 1234 0 % of 100 MiB"
-    assert lines[10] == "vlm: pulling 1234 100 % of 100 MiB"
+    assert lines[0] == "vlm: pulling 1234: 0 s (0 % of 100 MiB)"
+    assert lines[3] == "vlm: pulling 1234: 0 s (30 % of 100 MiB; about 0 s left)"
+    assert lines[10] == "vlm: pulling 1234: 0 s (100 % of 100 MiB)"
     assert lines[11:] == ["vlm: success", "done"]
+
+
+class Pipe(io.StringIO):
+    """A pipe that knows when it was flushed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = ""
+
+    def flush(self) -> None:
+        self.read = self.getvalue()
+
+
+def test_whoever_reads_a_pipe_learns_of_a_long_wait_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time and what is known of the rest, again and again but ever more seldom; nothing once it is over."""
+    monkeypatch.setattr("sys.stdout", pipe := Pipe())
+    with Board(pulse_s=0.01) as board:
+        board.wait_for("loading the VLM", limit_s=360.0)
+        until(lambda: pipe.read.count("loading the VLM: 0 s (at most 360 s)\n") == 2)
+        logging.getLogger("gpu_fsm").info("CLIP's weights: 30 % of 350 MiB fetched")
+        assert "(at most 360 s; CLIP's weights: 30 % of 350 MiB fetched)\n" in pipe.read
+        board.wait_for("")
+        assert board._pulse is None
+
+
+def test_a_warning_goes_to_stderr_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, with our name in front; what is piped on is the results."""
+    with Board():
+        logging.getLogger("gpu_fsm").warning("gpu_fsm: something is odd")
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "gpu_fsm: something is odd\n")
 
 
 def test_on_a_terminal_waiting_shows_its_time_and_what_is_known_of_the_rest() -> None:
@@ -79,7 +113,9 @@ def test_on_a_terminal_a_download_has_a_bar() -> None:
         board.fetch("vlm: pulling 1234", 50 * MIB, 100 * MIB)
         assert board._live is not None
         board._live.refresh()
+        assert board.waiting() == "vlm: pulling 1234: 0 s (50 % of 100 MiB; about 0 s left)"
     assert "vlm: pulling 1234" in shown(console)
+    assert "0:00:00" in shown(console), "the time it has taken"
     assert re.search(r"52\.4/104\.9 MB", shown(console))
 
 
@@ -109,6 +145,20 @@ def test_two_runs_do_not_write_one_screen_memory(tmp_path: Path) -> None:
                 pass
     with running._alone_with(memory):
         assert [path.name for path in tmp_path.iterdir()] == ["link.npz"]
+
+
+def test_settings_that_are_read_again_reach_an_agent_at_work() -> None:
+    """What it looks at, waits for, keeps and judges by holds from the next screen on."""
+    live = {"interval_s": 9.0, "largest_side_px": 64, "vlm_timeout_s": 5.0, "cache_size": 2, "text_weight": 0.5}
+    with inline_manager(SimulatedWorld()) as manager:
+        config = AppConfig(gpu=manager.config)
+        newer = AppConfig(gpu=manager.config, agent=AgentConfig(**live))
+        program = running._Program(config, Board(), Stopper(), lambda: newer)
+        loop = program._made(manager, FusionEngine())
+        assert program._read_again() == {f"agent.{name}": value for name, value in live.items()}
+    detector = loop._detector
+    assert (detector.largest_side, detector.timeout_s, detector.cache_size) == (64, 5.0, 2)
+    assert (loop.memory.weights.text, program._agent.interval_s) == (0.5, 9.0)
 
 
 def test_a_memory_that_cannot_be_saved_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,8 @@ from gpu_fsm.states import PROMISES, TABLE
 from gpu_fsm.status import ExecutionMode
 
 SECRET = "s3cret-canary"
+ROOT = Path(__file__).resolve().parents[1]
+SCREENS = ROOT / "gpu_fsm" / "data" / "screens"
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *argv: str, code: ExitCode = ExitCode.USAGE) -> str:
@@ -94,6 +96,11 @@ def test_run_has_an_option_for_every_setting(capsys: pytest.CaptureFixture[str])
         (["run", "--screens", ".", "--config", "missing.toml"], "missing.toml"),
         (["run", "--screens", "no-such-folder"], "no-such-folder"),
         (["run", "--screens", ".", "--clip-model", "none"], "clip_model"),
+        (["run", "--screens", ".", "--clip-model", "./no-such-model"], "there is no folder ./no-such-model"),
+        (["run", "--screens", str(SCREENS), "--memory", "no-such-folder/x.npz"], "no-such-folder is no folder"),
+        (["gateway", "--clip-model", "~/no-such-model"], "there is no folder ~/no-such-model"),
+        (["status", "--jsn"], "See gpu-fsm status --help."),
+        (["demo", "--clip", "/no/such/model"], "there is no folder /no/such/model"),
         (["config", "check", "a.toml", "--config", "b.toml"], "one of them"),
         (["simulate-ollama", "--port", "0", "--vram-mib", "nan"], "--vram-mib"),
         (["demo", "--screens", "no-such-folder"], "no-such-folder"),
@@ -218,7 +225,7 @@ def test_the_simulated_demo_does_not_care_where_the_real_ollama_is(
     assert main(["demo"]) == ExitCode.FINE
     assert stage.given["real_ollama"] is False
     assert main(["run", "--screens", "."]) == ExitCode.USAGE
-    assert main(["run", "--screens", ".", "--allow-remote", "--mode", "Recording"]) == ExitCode.FINE
+    assert main(["run", "--screens", str(SCREENS), "--allow-remote", "--mode", "Recording"]) == ExitCode.FINE
     assert stage.given["config"].gpu.ollama_url == "http://example.com:11434"
     assert stage.given["modes"] == (ExecutionMode.RECORDING,)
 
@@ -232,6 +239,32 @@ def test_credentials_never_reach_the_terminal(capsys: pytest.CaptureFixture[str]
     """Not even when the address is refused."""
     line = complaint(capsys, "run", "--screens", ".", "--ollama-url", f"http://user:{SECRET}@example.com")
     assert SECRET not in line
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {at!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["gpu-fsm", "diagram"]
+"""
+HOW = {
+    "as the console script": "from gpu_fsm.cli import main; sys.exit(main())",
+    "as a module": "runpy.run_module('gpu_fsm', run_name='__main__')",
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("at", ["attr", "gpu_fsm.cli.program", "rich.console", "gpu_fsm.diagrams"])
+def test_ctrl_c_while_modules_are_imported_is_no_traceback(how: str, at: str) -> None:
+    """An impatient person at the first moment gets one line and the code of an interruption."""
+    code = INTERRUPTED.format(at=at) + HOW[how]
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ngpu-fsm: interrupted\n")
 
 
 def test_the_module_runs_as_a_program_and_a_closed_pipe_is_no_traceback() -> None:

@@ -260,7 +260,9 @@ def test_a_running_manager_reads_its_settings_again(
         ("[gpu-fsm]\nidle_timeout_s = 7\njournal_size = 3\n", "it is read once, at the start"),
         ("[gpu-fsm]\nidle_timeout_s = 7\n[gpu-fsm.control]\nmax_clients = 3\n", "control.max_clients (reload)"),
         ("[gpu-fsm]\nidle_timeout_s = 7\nreserve_mib = -1\n", "gpu-fsm.toml:3"),
-        ("[gpu-fsm]\nidle_timeout_s = 7\n[gpu-fsm.agent]\nlargest_side_px = 300\n", "agent.largest_side_px (reload)"),
+        ("[gpu-fsm]\nidle_timeout_s = 7\n[gpu-fsm.agent]\nprompt = 'x'\n", "given to the one of before"),
+        ("[gpu-fsm]\nidle_timeout_s = 7\n[gpu-fsm.agent]\nindex_path = 'x.npz'\n", "in the file it began with"),
+        ("[gpu-fsm]\nidle_timeout_s = 7\n[gpu-fsm.agent]\nlabels = ['x']\n", "the labels of before"),
     ],
 )
 def test_what_cannot_be_reloaded_changes_nothing(

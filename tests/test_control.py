@@ -24,6 +24,8 @@ from gpu_fsm.simulation import SimulatedWorld
 from tests.waiting import Gate, in_thread, let_time_pass, until
 from tests.worlds import threaded
 
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -115,7 +117,55 @@ def test_status_from_another_process_comes_in_the_middle_of_a_load(bench: Bench)
         assert done.returncode == 0, done.stderr
         status = json.loads(done.stdout)
         assert (status["state"], status["asked_mode"], status["vlm_state"]) == ("loading", "recording", "loading")
-        assert set(status) == set(bench.manager.get_status().to_dict())
+        assert set(status) == {*bench.manager.get_status().to_dict(), "doing"}
+
+
+@contextlib.contextmanager
+def starting(bench: Bench) -> Iterator[ControlServer]:
+    """The same manager, served by a program that is not ready yet."""
+    bench.server.close()
+    with ControlServer(
+        bench.manager, on_mode=bench.followed.append, doing=lambda: "loading CLIP: 3 s", starting=True
+    ) as server:
+        yield server
+
+
+def test_a_program_that_starts_is_looked_at_and_asked_for_nothing_yet(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it is doing is said at once; a change is waited for, as long as the asker likes; the world is untouched."""
+    with starting(bench) as server:
+        assert main(["status"]) == ExitCode.FINE
+        assert "doing      loading CLIP: 3 s\n" in capsys.readouterr().out
+        assert main(["explain", "recording"]) == main(["events"]) == ExitCode.FINE
+        for command in (["mode", "autopilot"], ["vlm", "load"], ["vlm", "unload"]):
+            assert main([*command, "--timeout-s", "0.02"]) == ExitCode.REFUSED
+            assert "still starting: loading CLIP: 3 s" in capsys.readouterr().err
+        assert bench.followed == [ExecutionMode.AUTOPILOT], "the program may begin with it"
+        asking = in_thread(main, ["mode", "recording"])
+        until(lambda: len(bench.followed) == 2)
+        assert bench.manager.get_status().asked_mode is ExecutionMode.IDLE
+        server.started()
+        assert let_time_pass(bench.world, asking) == ExitCode.FINE
+        assert bench.manager.get_status().state is State.RECORDING
+
+
+def test_a_program_that_ends_before_it_has_started_lets_everybody_go(bench: Bench) -> None:
+    """Who waits for it to be ready is told that it never will be."""
+    with starting(bench) as server:
+        asking = in_thread(main, ["mode", "recording"])
+        until(lambda: bench.followed)
+        server.close()
+        assert asking.result(10.0) == ExitCode.ABSENT
+    assert bench.manager.get_status().asked_mode is ExecutionMode.IDLE
+
+
+def test_a_program_that_starts_reads_no_settings_again(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """What they are for is not there yet."""
+    bench.server.close()
+    with ControlServer(bench.manager, on_reload=dict, starting=True):
+        assert main(["config", "reload"]) == ExitCode.REFUSED
+        assert "still starting" in capsys.readouterr().err
 
 
 def test_the_socket_is_its_owners_and_goes_with_the_server(bench: Bench) -> None:
@@ -174,10 +224,13 @@ def test_a_refusal_keeps_its_words(bench: Bench, capsys: pytest.CaptureFixture[s
     bench.world.faults.heal()
 
 
-def test_a_timeout_ends_the_waiting_and_not_the_load(bench: Bench) -> None:
+def test_a_timeout_ends_the_waiting_and_not_the_load(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     """`--timeout-s` gives the asker back, and the load goes on."""
     gate = Gate(bench.world, "ollama.load", "during")
     assert main(["vlm", "load", "--timeout-s", "0.05"]) == ExitCode.REFUSED
+    said = capsys.readouterr().err
+    assert "look at `gpu-fsm status`" in said, said
+    assert "()" not in said, "what a program would call is no help to who types commands"
     gate.wait()
     gate.open()
     until(lambda: bench.world.clock.advance(0.05) or bench.world.vlm_resident())

@@ -14,6 +14,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -27,10 +29,11 @@ pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 
 from gpu_fsm.agent import FusionEngine  # noqa: E402
-from gpu_fsm.control import ControlClient  # noqa: E402
+from gpu_fsm.control import ControlClient, ControlRefused  # noqa: E402
 from gpu_fsm.simulation import LogEntry, RunningClock, SimulatedCard, SimulatedModel, SimulatedOllama, serve  # noqa: E402
 from tests.tools.forker import Forker, Run  # noqa: E402
-from tests.waiting import until  # noqa: E402
+from tests.tools.hub import Hub  # noqa: E402
+from tests.waiting import PATIENCE_S, ROOT, until  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[1] / "gpu_fsm" / "data"
 VLM = "kill-vlm:7b"
@@ -120,7 +123,16 @@ def _member(path: Path, name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def forker() -> Iterator[Forker]:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """Where `somebody/tiny` can be fetched from; the hub's client reads these variables when it is imported."""
+    with Hub(DATA / "tiny-clip") as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def forker(hub: Hub) -> Iterator[Forker]:
     """torch, imported once."""
     with Forker() as forker:
         yield forker
@@ -244,6 +256,75 @@ def test_a_running_agent_is_reached_from_outside(bench: Bench) -> None:
         run.wait()
         said = run.out.read_text(encoding="utf-8")
         assert "not recognised" in said, said
+
+
+def gpu_fsm(*argv: str) -> dict[str, Any]:
+    """Run a command in a process of its own; what it says as JSON."""
+    command = [sys.executable, "-m", "gpu_fsm", *argv, "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stderr
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, None])
+def test_a_run_is_looked_at_and_ended_while_its_clip_is_fetched(
+    bench: Bench, hub: Hub, end: signal.Signals | None
+) -> None:
+    """The download stands still meanwhile: the status says what is done and for how long, and Ctrl-C ends it at once.
+
+    A mode that is asked for is what the agent begins with when CLIP is there, also where the asker waits no longer.
+    """
+    hub.hold()
+    bench.show(2)
+    with serve(bench.server) as front:
+        run = bench.start(front.url, "recording", None, "--clip-model", "somebody/tiny")
+        assert hub.held.wait(PATIENCE_S)
+        status = gpu_fsm("status")
+        assert re.match(r"loading CLIP somebody/tiny: \d+ s", status["doing"])
+        with ControlClient() as client:
+            until(lambda: re.search(r"[1-9]0 % of 2\d MiB fetched", client.ask("status")["doing"]))
+        assert (status["state"], status["clip_device"]) == ("idle", "cpu")
+        if end is not None:
+            os.kill(run.pid, end)
+            assert run.wait() == 130
+            assert "Traceback" not in run.out.read_text(encoding="utf-8")
+            return
+        with ControlClient() as client:
+            for question in ({"do": "vlm_load"}, {"do": "mode", "mode": "autopilot"}):
+                with pytest.raises(ControlRefused, match="still starting: loading CLIP"):
+                    client.ask(**question, timeout_s=0.01)
+        assert not any(_loads(entry) for entry in bench.log())
+        hub.let_go()
+        assert run.wait() == 0
+        said = run.out.read_text(encoding="utf-8")
+    for tenth in r"[1-9]0", "100":
+        assert re.search(rf"loading CLIP somebody/tiny: \d+ s \(CLIP's weights: {tenth} % of 2\d MiB", said), said
+    assert "AUTOPILOT, CLIP on cpu" in said
+    assert "RECORDING" not in said
+
+
+def test_mode_idle_from_outside_pauses_a_run_until_another_mode_is_asked_for(bench: Bench) -> None:
+    """The card is free meanwhile, and no screen is lost or asked about twice."""
+    bench.show(6)
+    bench.server.generate_s = 1.0
+    with serve(bench.server) as front:
+        run = bench.start(front.url, "recording", None)
+        until(lambda: run.ended.is_set() or bench.server.loaded())
+        with ControlClient() as client:  # at once, in the middle of the first question
+            assert client.ask("mode", wait_s=PATIENCE_S, mode="idle")["granted"]
+        bench.server.generate_s = 0.01
+        until(lambda: bench.card.used_mib <= DRIVER_MIB + 1.0)
+        until(lambda: gpu_fsm("status")["doing"].startswith("paused, since IDLE was asked for"))
+        kept = len(bench.remembered())
+        assert not bench.server.loaded()
+        assert kept < 6
+        assert gpu_fsm("mode", "recording")["granted"]
+        assert run.wait() == 0
+        said = run.out.read_text(encoding="utf-8")
+    assert len(bench.remembered()) == 6
+    assert "recorded: 6" in said, said
+    assert max(Counter(_picture(entry) for entry in bench.log() if entry.op == "ollama.generate").values()) == 1
 
 
 def test_a_memory_of_another_model_is_refused_and_kept(bench: Bench) -> None:

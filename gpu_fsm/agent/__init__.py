@@ -23,7 +23,7 @@ from gpu_fsm.agent.memory import (
     Weights,
     probe_image,
 )
-from gpu_fsm.agent.screens import Screen, frames, live, load_screens
+from gpu_fsm.agent.screens import Screen, ScreenLost, find_screens, frames, live, load_screens
 from gpu_fsm.agent.stopping import Stopped, Stopper
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Manager",
     "Match",
     "Screen",
+    "ScreenLost",
     "ScreenMemoryError",
     "Step",
     "Stopped",
@@ -46,6 +47,7 @@ __all__ = [
     "VectorIndex",
     "Verdict",
     "Weights",
+    "find_screens",
     "frames",
     "live",
     "load_screens",

@@ -73,9 +73,9 @@ class UIDetector:
         self._schema = _schema([*self._labels.values()])
         self._prompt = prompt + (f" The label is one of: {', '.join(self._labels.values())}." if labels else "")
         self.timeout_s = timeout_s
-        """How long a screen waits for the VLM; may be changed at any time, and so may `largest_side`."""
+        """How long a screen waits for the VLM; may be changed at any time, as may the next two."""
         self.largest_side = largest_side
-        self._cache_size = cache_size
+        self.cache_size = cache_size
         self._cache: OrderedDict[str, Classification] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -106,7 +106,7 @@ class UIDetector:
         if answer.label is not None:
             with self._lock:
                 self._cache[digest] = answer
-                if len(self._cache) > self._cache_size:
+                while len(self._cache) > self.cache_size:
                     self._cache.popitem(last=False)
         return answer
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -53,6 +54,12 @@ class Manager(Protocol):
     def get_status(self) -> GPUResourceStatus:
         """The state of everything, at once."""
 
+    def ensure_vlm_unloaded(self) -> None:
+        """Unload the VLM, for a pause."""
+
+    def migrate_clip_to_cpu(self) -> None:
+        """Take CLIP off the card, for a pause."""
+
     def vlm(self, *, holder: str = "", timeout_s: float | None = None) -> contextlib.AbstractContextManager[VLMSession]:
         """Lease the VLM, loading it where need be."""
 
@@ -74,6 +81,12 @@ class Door(Protocol):
 
     async def set_mode(self, mode: ExecutionMode) -> None:
         """Ask for a mode."""
+
+    async def give_back(self) -> None:
+        """Free the card of both models."""
+
+    async def rest(self, pause_s: float) -> None:
+        """Do nothing for so long."""
 
     def vlm(self, holder: str, timeout_s: float | None) -> contextlib.AbstractAsyncContextManager[Answering]:
         """Lease the VLM."""
@@ -105,6 +118,15 @@ class BlockingDoor:
     async def set_mode(self, mode: ExecutionMode) -> None:
         self._manager.set_execution_mode(mode)
 
+    async def give_back(self) -> None:
+        try:
+            self._manager.ensure_vlm_unloaded()
+        finally:
+            self._manager.migrate_clip_to_cpu()
+
+    async def rest(self, pause_s: float) -> None:
+        threading.Event().wait(pause_s)
+
     @contextlib.asynccontextmanager
     async def vlm(self, holder: str, timeout_s: float | None) -> AsyncIterator[Answering]:
         with self._manager.vlm(holder=holder, timeout_s=timeout_s) as vlm:
@@ -134,6 +156,15 @@ class AsyncDoor:
 
     async def set_mode(self, mode: ExecutionMode) -> None:
         await self._aio.set_execution_mode(mode)
+
+    async def give_back(self) -> None:
+        try:
+            await self._aio.ensure_vlm_unloaded()
+        finally:
+            await self._aio.migrate_clip_to_cpu()
+
+    async def rest(self, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
 
     @contextlib.asynccontextmanager
     async def vlm(self, holder: str, timeout_s: float | None) -> AsyncIterator[Answering]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -24,11 +25,15 @@ from gpu_fsm.status import ExecutionMode, State
 if TYPE_CHECKING:
     from gpu_fsm.agent.doors import Vector
 
+log = logging.getLogger("gpu_fsm")
+
 Result = Literal["recorded", "kept", "recognised", "asked", "unavailable", "failed"]
 """`kept`: recorded before; `asked`: the VLM was asked and answered; `unavailable`: it could not be asked."""
 
 _HOLDER = "ExecutionLoop"
 _NO_MORE = object()
+_PAUSE_LOOK_S = 0.1
+"""How often a pause looks whether it is over."""
 
 
 @frozen(kw_only=True)
@@ -57,8 +62,10 @@ class ExecutionLoop:
     """Takes screens one after the other and handles each as the asked mode says.
 
     RECORDING: the VLM labels a new screen and its embedding is remembered.  AUTOPILOT: a screen that is recognised is
-    acted on; any other is a question to the VLM, on demand.  In DEGRADED it goes on with what is there, which is CLIP
-    on the CPU.  One thread or task drives it; `stop` may be called from any other, or from a hook.
+    acted on; any other is a question to the VLM, on demand.  IDLE, once asked for, is a pause: the VLM is unloaded,
+    CLIP leaves the card, and no screen is taken until another mode is asked for.  In DEGRADED it goes on with what is
+    there, which is CLIP on the CPU.  One thread or task drives it; `stop` and `follow` may be called from any other, or
+    from a hook.
 
     While `run` or `arun` runs in the main thread, SIGINT and SIGTERM end it: at once where it waits for a model or for
     a screen, else when the hook or the writing in hand is over.  `stopper.signal` says which signal it was.
@@ -72,17 +79,24 @@ class ExecutionLoop:
         *,
         on_action: Action | None = None,
         on_step: Listener | None = None,
+        on_pause: Callable[[bool], object] | None = None,
         memory_path: Path | str | None = None,
         stopper: Stopper | None = None,
     ) -> None:
-        """With `memory_path` the memory is saved after each recorded screen, so a killed process loses at most one."""
+        """With `memory_path` the memory is saved after each recorded screen, so a killed process loses at most one.
+
+        `on_pause` is called with True when a pause begins and with False when it is over.
+        """
         self._manager = manager
         self._detector = detector
         self.memory = memory
         self._on_action = on_action
         self._on_step = on_step
+        self._on_pause = on_pause
         self._memory_path = memory_path
         self._mode = ExecutionMode.IDLE
+        self.paused = False
+        """IDLE was asked for, and nothing since."""
         self._ask_again = False
         """The manager could not be asked: the card was lent, or another manager's."""
         self.stopper = stopper or Stopper()
@@ -96,7 +110,7 @@ class ExecutionLoop:
 
     def follow(self, mode: ExecutionMode) -> None:
         """Handle screens as `mode` says from now on; for somebody who has asked the manager for it himself."""
-        self._mode = mode
+        self._mode, self.paused = mode, mode is ExecutionMode.IDLE
 
     def stop(self) -> None:
         """End after the screen in hand."""
@@ -127,6 +141,7 @@ class ExecutionLoop:
         """Handle screens in the mode that is set, yielding how each went."""
         source = iter(screens)
         while not self.stopper.requested:
+            at_once(self._rest(BlockingDoor(self._manager)))
             with self.stopper.cut():
                 screen: Any = next(source, _NO_MORE)
             if screen is _NO_MORE:
@@ -177,6 +192,8 @@ class ExecutionLoop:
         """See `steps`."""
         source = _flowing(screens)
         while not self.stopper.requested:
+            if self.paused:
+                await self._rest(self._async_door())
             with self.stopper.cut():
                 screen: Any = await anext(source, _NO_MORE)
             if screen is _NO_MORE:
@@ -202,12 +219,30 @@ class ExecutionLoop:
         return AsyncDoor(manager.aio)
 
     async def _set_mode(self, door: Door, mode: ExecutionMode) -> None:
-        self._mode, self._ask_again = mode, False
+        self.follow(mode)
+        self._ask_again = False
         try:
             with self.stopper.cut():
                 await door.set_mode(mode)
         except GPUFSMError as error:
             self._ask_again = isinstance(error, CardHeld)
+
+    async def _rest(self, door: Door) -> None:
+        """Wait out a pause, with the card given back."""
+        if not self.paused:
+            return
+        if self._on_pause is not None:
+            self._on_pause(True)
+        try:
+            with self.stopper.cut():
+                await door.give_back()
+        except GPUFSMError as error:  # it is IDLE all the same, and the idle timer tries again
+            log.warning("the card could not be given back for the pause: %s", one_line(error))
+        while self.paused and not self.stopper.requested and not self._manager.get_status().closed:
+            with self.stopper.cut():
+                await door.rest(_PAUSE_LOOK_S)
+        if self._on_pause is not None:
+            self._on_pause(False)
 
     async def _handle(self, door: Door, screen: Screen, mode: ExecutionMode) -> Step:
         start = time.monotonic()

@@ -6,22 +6,34 @@ import functools
 import hashlib
 import io
 import itertools
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from attrs import field, frozen
+from attrs import define, field, frozen
 
-from gpu_fsm.errors import BadArgument, one_line
+from gpu_fsm.errors import BadArgument, Bucket, GPUFSMError, one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+log = logging.getLogger("gpu_fsm")
+
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 _LARGEST_SCREEN_BYTES = 64 * 2**20
 """More than any screenshot: an 8K screen without compression is 100 MB, as PNG rarely a third of it."""
+
+
+@define(kw_only=True, eq=False, slots=False)
+class ScreenLost(GPUFSMError):
+    """The live screen was there and cannot be seen any more."""
+
+    code: ClassVar[str] = "screen_lost"
+    bucket: ClassVar[Bucket] = "user"
 
 
 @frozen(kw_only=True)
@@ -54,27 +66,37 @@ class Screen:
             ) from error
 
 
+_MEND = "Name a folder that holds PNG or JPEG screenshots."
+
+
+def find_screens(folder: Path | str) -> list[Path]:
+    """The images of a folder by their names alone, sorted.  Raises `BadArgument` where there is none."""
+    folder = Path(folder)
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        why = "is no folder" if not folder.is_dir() else f"cannot be read: {one_line(error.strerror)}"
+        raise BadArgument(detail=f"{one_line(folder)} {why}", remedy=_MEND) from error
+    found = [path for path in files if path.suffix.lower() in _SUFFIXES and path.is_file()]
+    if not found:
+        raise BadArgument(detail=f"{one_line(folder)} holds no image", remedy=_MEND)
+    return found
+
+
 def load_screens(folder: Path | str) -> tuple[Screen, ...]:
     """Read all images of a folder, sorted by name, and check that each can be decoded.
 
     Raises `BadArgument` for a folder that is missing or holds no image, and for a broken image.
     """
-    folder = Path(folder)
-    mend = "Name a folder that holds PNG or JPEG screenshots."
-    if not folder.is_dir():
-        raise BadArgument(detail=f"{one_line(folder)} is no folder", remedy=mend)
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file())
-    if not found:
-        raise BadArgument(detail=f"{one_line(folder)} holds no image", remedy=mend)
     screens = []
-    for path in found:
+    for path in find_screens(folder):
         try:
             if path.stat().st_size > _LARGEST_SCREEN_BYTES:
                 raise BadArgument(detail=f"{one_line(path)} is larger than 64 MiB", remedy="Store it smaller.")
             screen = Screen(name=path.name, data=path.read_bytes())
         except OSError as error:
             why = one_line(error.strerror)
-            raise BadArgument(detail=f"{one_line(path)} cannot be read: {why}", remedy=mend) from error
+            raise BadArgument(detail=f"{one_line(path)} cannot be read: {why}", remedy=_MEND) from error
         screen.image()
         screens.append(screen)
     return tuple(screens)
@@ -104,7 +126,7 @@ def live(
 
     `every_s` may be a function, which is asked each time.  `monitor` 0 is all of them together, 1 the first.  `grab`
     takes the picture instead of the package mss (extra `screen`).  Raises `ModuleNotFoundError` without that package,
-    `BadArgument` where there is no screen to be seen.
+    `BadArgument` where there is no such screen to be seen, later `ScreenLost` where it has gone.
     """
     # At once, and not with the first screen: before that a model may have been loaded for nothing.
     return _looks(grab or _grabber(monitor), every_s, only_changes)
@@ -128,20 +150,46 @@ def _grabber(monitor: int) -> Callable[[], Image]:
     import mss
     from PIL import Image
 
-    try:
-        camera = mss.MSS()
-        place = camera.monitors[monitor]
-    except (mss.ScreenShotError, IndexError) as error:
-        raise BadArgument(
-            detail=f"monitor {monitor} cannot be seen: {one_line(error)}",
-            remedy="Run where the desktop is (DISPLAY on Linux), or name another monitor.",
-        ) from error
-
     def grab() -> Image.Image:
-        shot = camera.grab(place)
+        # A connection for each look costs a millisecond, and monitors come, go and change their size.
+        with mss.MSS() as camera:
+            places = camera.monitors
+            if not 0 <= monitor < len(places):
+                there = f"1 to {len(places) - 1} are there" if len(places) > 1 else "there is none"
+                raise BadArgument(
+                    detail=f"there is no monitor {monitor}: {there}", remedy="0 takes all of them together."
+                )
+            shot = camera.grab(places[monitor])
         return Image.frombytes("RGB", shot.size, shot.rgb)
 
-    return grab
+    def grab_or_tell() -> Image.Image:
+        for patient in (True, False):  # a monitor that changes its size spoils one look
+            try:
+                return grab()
+            except Exception as error:  # the library's own, and its assertions where the display has died
+                if not patient:
+                    raise ScreenLost(
+                        detail=f"monitor {monitor} cannot be seen any more: {_why(error)}",
+                        remedy="Start again where the desktop is.",
+                    ) from error
+        raise AssertionError
+
+    try:
+        first = grab()
+    except BadArgument:
+        raise
+    except Exception as error:
+        raise BadArgument(
+            detail=f"the screen cannot be seen: {_why(error)}",
+            remedy="Run where the desktop is (DISPLAY on Linux), or take screenshots from a folder.",
+        ) from error
+    if os.environ.get("WAYLAND_DISPLAY") and first.getbbox() is None:
+        log.warning("the screen is black: a Wayland session shows X programs nothing else; log in to an X11 session")
+    return grab_or_tell
+
+
+def _why(error: Exception) -> str:
+    return one_line(error) or type(error).__name__
 
 
 def _png(image: Image) -> bytes:

@@ -1,8 +1,7 @@
-"""What the commands share: exit codes, common options, reading the settings."""
+"""What the commands share: common options, reading the settings."""
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,30 +10,8 @@ from typing import Any
 import click
 
 from gpu_fsm.appconfig import Loaded, app_fields, app_settings_table, load_app_config
+from gpu_fsm.errors import BadArgument, one_line
 from gpu_fsm.settings import GPUResourceConfig, Setting, load_config, parse_setting, settings_table
-
-
-class ExitCode(enum.IntEnum):
-    """What the shell is told."""
-
-    FINE = 0
-    FAILED = 1
-    USAGE = 2
-    MISSING = 3
-    ABSENT = 4
-    REFUSED = 5
-    INTERRUPTED = 130
-
-
-EXIT_CODES: dict[ExitCode, str] = {
-    ExitCode.FINE: "everything did what it should",
-    ExitCode.FAILED: "a job failed, the doctor found a problem, or the output could not be written",
-    ExitCode.USAGE: "bad input: an option, a setting, a file, a folder",
-    ExitCode.MISSING: "something that must be installed is not there; the message says what",
-    ExitCode.ABSENT: "no running manager answers; the message says where it was looked for",
-    ExitCode.REFUSED: "the running manager said no; the output says why",
-    ExitCode.INTERRUPTED: "interrupted from the keyboard; what was loaded has been given back",
-}
 
 
 class Number(click.FloatRange):
@@ -125,3 +102,14 @@ def load_app(
         override_source=options.__getitem__,
         go_on=go_on,
     )
+
+
+def check_clip_model(config: GPUResourceConfig) -> None:
+    """Raise `BadArgument` for a `clip_model` that can only be a folder and is none; what a name is, the hub knows."""
+    name = config.clip_model or ""
+    is_path = name.startswith((".", "~", "/", "\\")) or "\\" in name or name.count("/") > 1
+    if is_path and not Path(name).expanduser().is_dir():
+        raise BadArgument(
+            detail=f"clip_model: there is no folder {one_line(name)}",
+            remedy="Name a model of the Hugging Face hub, such as clip-ViT-B-32, or the folder of one.",
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
-from gpu_fsm.cli.base import ExitCode
+from gpu_fsm.cli.codes import ExitCode
 from gpu_fsm.errors import BadArgument
 
 SHELLS = ("bash", "zsh", "fish")

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from gpu_fsm.appconfig import AppConfig, Value, app_settings_table, load_app_config, user_file
-from gpu_fsm.cli.base import ExitCode, app_options, config_option, json_option, load_app
+from gpu_fsm.cli.base import app_options, config_option, json_option, load_app
+from gpu_fsm.cli.codes import ExitCode
 from gpu_fsm.errors import BadArgument, one_line
 from gpu_fsm.rules import as_text
 from gpu_fsm.settings import SECTION

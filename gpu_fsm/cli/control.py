@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from gpu_fsm.arguments import as_mode
-from gpu_fsm.cli.base import ExitCode, Number, json_option
+from gpu_fsm.cli.base import Number, json_option
+from gpu_fsm.cli.codes import ExitCode
 
 _socket_option = click.option(
     "--socket", "path", type=click.Path(path_type=Path), metavar="FILE", help="Its control socket, where several run."
@@ -46,7 +47,8 @@ def _print(result: Any, as_json: bool, tell: Callable[[Any], str]) -> None:
 def status(as_json: bool, path: Path | None) -> None:
     """Print the status of the running manager: its state and why, the models, the card, leases and timers.
 
-    It is read from what the manager has published, so it comes at once, also in the middle of a load.
+    It is read from what the manager has published, so it comes at once, also in the middle of a load or while CLIP is
+    fetched; `doing` says what takes so long.
 
     \b
     Examples:
@@ -64,6 +66,9 @@ def status(as_json: bool, path: Path | None) -> None:
 @_socket_option
 def mode(mode: str, preempt: bool, timeout_s: float | None, as_json: bool, path: Path | None) -> int:
     """Ask the running manager for IDLE, RECORDING or AUTOPILOT and wait until it stands; its agent follows.
+
+    IDLE pauses the agent of `gpu-fsm run`: both models leave the card, and no screen is taken until another mode is
+    asked for.
 
     Exit code 5: it could not be given, and the manager is degraded or has refused; the output says why.
 
@@ -167,6 +172,7 @@ def _told_status(status: Mapping[str, Any]) -> str:
     lines = {
         "state": f"{status['state'].upper()} for {for_s:.0f} s"
         + (f", asked for {status['asked_mode'].upper()}" if status["asked_mode"] != status["state"] else ""),
+        "doing": status["doing"],
         "because": _told_reason(status["reason"]),
         "VLM": f"{status['vlm_model']}: {status['vlm_state']}" + (f", {size:.0f} MiB on the card" if size else ""),
         "hold": status["hold"],
@@ -177,7 +183,7 @@ def _told_status(status: Mapping[str, Any]) -> str:
         "queued": status["queued"] or "",
         "left over": ", ".join(status["leftovers"]),
         "timers": ", ".join(
-            f"{timer['name']} in {timer['due_at'] - status['now_at']:.0f} s" for timer in status["timers"]
+            f"{timer['name']} in {max(0.0, timer['due_at'] - status['now_at']):.0f} s" for timer in status["timers"]
         ),
         "simulated": ", ".join(status["simulated"]),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gpu_fsm.cli.base import config_option, json_option, load_settings
+from gpu_fsm.cli.base import check_clip_model, config_option, json_option, load_settings
 from gpu_fsm.settings import DEFAULT_OLLAMA_URL
 
 
@@ -38,6 +38,8 @@ def demo(
     # The simulated Ollama has an address of its own, so one that is set for the real one need not be reachable.
     texts = {"ollama_url": DEFAULT_OLLAMA_URL if ollama is None else ollama, "clip_model": clip}
     config = load_settings(config_path, texts, {"ollama_url": "--ollama", "clip_model": "--clip"})
+    if clip is not None:
+        check_clip_model(config)
     from gpu_fsm.demo import DemoOptions, run_demo
 
     return run_demo(

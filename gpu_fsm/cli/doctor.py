@@ -10,7 +10,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from gpu_fsm.cli.base import ExitCode, app_options, config_option, json_option, load_app
+from gpu_fsm.cli.base import app_options, config_option, json_option, load_app
+from gpu_fsm.cli.codes import ExitCode
 from gpu_fsm.errors import one_line
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "skipped": "dim"}

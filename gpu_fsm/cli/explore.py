@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpu_fsm.cli.base import ExitCode, Number, json_option
+from gpu_fsm.cli.base import Number, json_option
+from gpu_fsm.cli.codes import ExitCode
 
 if TYPE_CHECKING:
     from gpu_fsm.testing.walk import Walked

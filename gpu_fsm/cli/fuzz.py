@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpu_fsm.cli.base import ExitCode, Number, json_option
+from gpu_fsm.cli.base import Number, json_option
+from gpu_fsm.cli.codes import ExitCode
 from gpu_fsm.errors import BadArgument
 
 if TYPE_CHECKING:

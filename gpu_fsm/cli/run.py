@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gpu_fsm.arguments import as_mode
-from gpu_fsm.cli.base import app_options, config_option, json_option, load_app
+from gpu_fsm.cli.base import app_options, check_clip_model, config_option, json_option, load_app
 from gpu_fsm.errors import BadArgument
 from gpu_fsm.status import ExecutionMode
 
@@ -60,6 +60,7 @@ def run(
     modes = (ExecutionMode.RECORDING, ExecutionMode.AUTOPILOT) if mode is None else (as_mode(mode),)
     if ExecutionMode.IDLE in modes:
         raise BadArgument(detail="in IDLE there is nothing to run", remedy="Use recording or autopilot.")
+    check_clip_model(config.gpu)
     if config.gpu.clip_model is None:
         raise BadArgument(detail="clip_model is none, and the agent knows screens by CLIP", remedy="Set clip_model.")
     from gpu_fsm.cli.running import run_agent
@@ -72,8 +73,9 @@ def run(
 
 
 def _source(folder: Path | None, monitor: int) -> Callable[[Callable[[], float]], Iterable[Screen]]:
-    from gpu_fsm.agent import live, load_screens
+    from gpu_fsm.agent import find_screens, live, load_screens
 
     if folder is None:
         return lambda interval_s: live(every_s=interval_s, monitor=monitor)
+    find_screens(folder)  # at once; whether each is a whole picture is seen when they are read
     return lambda _: load_screens(folder)

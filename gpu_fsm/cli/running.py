@@ -8,10 +8,12 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gpu_fsm.agent import (
     ExecutionLoop,
@@ -26,24 +28,27 @@ from gpu_fsm.agent import (
     Weights,
     probe_image,
 )
-from gpu_fsm.appconfig import AgentConfig, AppConfig, ControlConfig, Reloader
+from gpu_fsm.appconfig import AgentConfig, AppConfig, Reloader
 from gpu_fsm.cardlock import runtime_folder
 from gpu_fsm.cli.board import Board
+from gpu_fsm.cli.codes import ExitCode
 from gpu_fsm.errors import BadArgument, OllamaUnavailable, one_line
 from gpu_fsm.events import Event, StateChanged
 from gpu_fsm.manager import GPUResourceManager
 from gpu_fsm.ports import RealClock
 from gpu_fsm.settings import GPUResourceConfig
 from gpu_fsm.states import STEPS
-from gpu_fsm.status import Answer, ExecutionMode, State
+from gpu_fsm.status import Answer, ExecutionMode, GPUResourceStatus, State
 from gpu_fsm.telling import told_event, told_step
 
 if TYPE_CHECKING:
     from gpu_fsm.agent.doors import Vector
+    from gpu_fsm.clip import CLIPManager
     from gpu_fsm.ports import CLIPHost
 
 RESULTS: tuple[str, ...] = ("recorded", "kept", "recognised", "asked", "unavailable", "failed")
 _CATALOG_S = 5.0
+_PAUSED = "paused, since IDLE was asked for"
 
 
 def run_agent(
@@ -60,97 +65,222 @@ def run_agent(
     Without Ollama or a GPU it goes on with what there is and says so.  SIGTERM ends it cleanly.  `read` gives the
     settings anew when somebody asks from outside.  Returns 0, or 1 if a screen could not even be embedded or the
     memory not be saved.  Raises `KeyboardInterrupt` after a SIGINT, when everything has been given back, `BadArgument`
-    for a screen memory that cannot be used, `ClipUnavailable` where CLIP cannot be loaded.
+    for screens or a screen memory that cannot be used, `ClipUnavailable` where CLIP cannot be loaded.
     """
-    agent = [config.agent]  # the one that holds now
-    screens = source(lambda: agent[0].interval_s)
-    counts: Counter[str] = Counter()
-    states: list[State] = []
-    alone = _alone_with(config.agent.index_path)
-    with alone, Stopper() as stopper, Board(to_stderr=as_json) as board, contextlib.suppress(Stopped):
-        if pull:
-            with stopper.cut():
-                _pull(config.gpu, board)
-        _work(config, agent, screens, modes, board, stopper, counts, states, read or (lambda: config))
+    path = config.agent.index_path
+    if path is not None and not path.parent.is_dir():
+        raise BadArgument(detail=f"{one_line(path.parent)} is no folder", remedy="Make it, or name another file.")
+    alone = _alone_with(path)
+    with alone, Stopper() as stopper, Board(to_stderr=as_json) as board:
+        program = _Program(config, board, stopper, read or (lambda: config))
+        with contextlib.suppress(Stopped):
+            program.run(source, modes, pull=pull)
+    counts = program.counts
     if as_json:
         report = {
             "ok": not counts["failed"] and not counts["unsaved"],
             "simulated": [],
-            "states": [state.value for state in states],
+            "states": [state.value for state in program.states],
             **{name: counts[name] for name in RESULTS},
         }
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
         done = "  ".join(f"{name}: {counts[name]}" for name in RESULTS if counts[name])
         sys.stdout.write((done or "no screen was handled") + "\n")
+    if program.abandoned:
+        _leave(interrupted=stopper.signal is signal.SIGINT)
     if stopper.signal is signal.SIGINT:
         raise KeyboardInterrupt
     return 1 if counts["failed"] or counts["unsaved"] else 0
 
 
-def _work(
-    config: AppConfig,
-    now: list[AgentConfig],
-    screens: Iterable[Screen],
-    modes: Sequence[ExecutionMode],
-    board: Board,
-    stopper: Stopper,
-    counts: Counter[str],
-    states: list[State],
-    read: Callable[[], AppConfig],
-) -> None:
-    from gpu_fsm.clip import CLIPManager
+def _leave(*, interrupted: bool) -> NoReturn:
+    """End without a wait: a hub's threads go on until their download is over, and Python would join them."""
+    sys.stdout.flush()
+    if interrupted:
+        sys.stderr.write("\ngpu-fsm: interrupted\n")
+        sys.stderr.flush()
+    os._exit(ExitCode.INTERRUPTED if interrupted else ExitCode.FINE)
 
-    clip = CLIPManager(config.gpu)
-    board.wait_for(f"loading CLIP {one_line(config.gpu.clip_model or '')}")
-    with stopper.cut():
-        clip.prepare()
-        memory = _open_memory(config.agent, config.gpu, _fingerprint(clip))
-    board.wait_for("")
-    if len(memory):
-        board.say(f"{len(memory)} screens are remembered from before")
 
-    def show(step: Step) -> None:
-        counts[step.result] += 1
-        board.say(told_step(step))
+class _Program:
+    """One run: the control socket first, so that it can be looked at, then what takes long."""
 
-    states.append(State.IDLE)
-    with GPUResourceManager(config.gpu, clip_host=clip) as manager:
-        manager.subscribe(lambda event: _hear(event, board, states, config.gpu))
+    def __init__(self, config: AppConfig, board: Board, stopper: Stopper, read: Callable[[], AppConfig]) -> None:
+        self._config = config
+        self._board = board
+        self._stopper = stopper
+        self._read = read
+        self._agent = config.agent
+        """The settings that hold now."""
+        self._wish: ExecutionMode | None = None
+        """What somebody outside asked for; before there is a loop, what it begins with."""
+        self._loop: ExecutionLoop | None = None
+        self._reload: Reloader | None = None
+        self._loading: Future[None] | None = None
+        self.counts: Counter[str] = Counter()
+        self.states: list[State] = []
+
+    @property
+    def abandoned(self) -> bool:
+        """CLIP is still being fetched or loaded, and nobody waits for it any more."""
+        return self._loading is not None and not self._loading.done()
+
+    def run(
+        self,
+        source: Callable[[Callable[[], float]], Iterable[Screen]],
+        modes: Sequence[ExecutionMode],
+        *,
+        pull: bool,
+    ) -> None:
+        """Until the screens are over or somebody ends it."""
+        config, board = self._config, self._board
+        clip = _late_clip(config.gpu)
+        with GPUResourceManager(config.gpu, clip_host=clip) as manager:
+            manager.subscribe(self._hear)
+            with self._served(manager) as started:
+                with self._stopper.cut():
+                    board.wait_for("reading the screens")
+                    screens = source(lambda: self._agent.interval_s)
+                    if pull:
+                        _pull(config.gpu, board)
+                    board.wait_for(f"loading CLIP {one_line(config.gpu.clip_model or '')}")
+                    self._loading = _in_daemon_thread(clip.prepare)
+                    self._loading.result()
+                    memory = _open_memory(config.agent, config.gpu, _fingerprint(clip))
+                board.wait_for("")
+                if len(memory):
+                    board.say(f"{len(memory)} screens are remembered from before")
+                self._loop = loop = self._made(manager, memory)
+                self.states.append(State.IDLE)
+                started()
+                try:
+                    for mode in (self._wish or modes[0], *modes[1:]):
+                        loop.set_mode(mode)
+                        self._tell_mode(mode, manager.get_status())
+                        for _ in loop.steps(screens):
+                            pass
+                finally:
+                    _save_the_rest(loop, config.agent.index_path, board, self.counts)
+
+    def _made(self, manager: GPUResourceManager, memory: FusionEngine) -> ExecutionLoop:
+        agent = self._config.agent
         detector = UIDetector(
             manager,
-            **({} if config.agent.prompt is None else {"prompt": config.agent.prompt}),
-            timeout_s=config.agent.vlm_timeout_s,
-            largest_side=config.agent.largest_side_px,
-            cache_size=config.agent.cache_size,
-            labels=config.agent.labels,
-        )
-        loop = ExecutionLoop(
-            manager, detector, memory, on_step=show, memory_path=config.agent.index_path, stopper=stopper
+            **({} if agent.prompt is None else {"prompt": agent.prompt}),
+            timeout_s=agent.vlm_timeout_s,
+            largest_side=agent.largest_side_px,
+            cache_size=agent.cache_size,
+            labels=agent.labels,
         )
 
         def judge_by(agent: AgentConfig) -> None:
-            now[0] = agent
-            memory.limits = _limits(agent, config.gpu)
+            self._agent = agent
+            memory.limits = _limits(agent, self._config.gpu)
             memory.weights = Weights(image=agent.image_weight, text=agent.text_weight)
-            detector.largest_side, detector.timeout_s = agent.largest_side_px, agent.vlm_timeout_s
+            detector.timeout_s, detector.largest_side = agent.vlm_timeout_s, agent.largest_side_px
+            detector.cache_size = agent.cache_size
 
         # The manager last: the others may still refuse.
-        reload = Reloader(config, read, control=lambda _: None, agent=judge_by, gpu=manager.reconfigure)
-        with _control(config.control, manager, loop, board, reload):
-            try:
-                for mode in modes:
-                    loop.set_mode(mode)
-                    status = manager.get_status()
-                    board.say(f"{mode.value}: {status.state.name}, CLIP on {status.clip_device}")
-                    if status.cpu_only:
-                        board.say(f"  CPU only: {status.cpu_only_reason}")
-                    if status.reason is not None:
-                        board.say(f"  {status.reason}")
-                    for _ in loop.steps(screens):
-                        pass
-            finally:
-                _save_the_rest(loop, config.agent.index_path, board, counts)
+        self._reload = Reloader(
+            self._config, self._read, control=lambda _: None, agent=judge_by, gpu=manager.reconfigure
+        )
+        return ExecutionLoop(
+            manager,
+            detector,
+            memory,
+            on_step=self._show,
+            on_pause=self._pause,
+            memory_path=agent.index_path,
+            stopper=self._stopper,
+        )
+
+    def _show(self, step: Step) -> None:
+        self.counts[step.result] += 1
+        self._board.say(told_step(step))
+
+    def _pause(self, begins: bool) -> None:
+        self._board.say("paused: IDLE was asked for; the card is given back" if begins else "the pause is over")
+        self._board.wait_for(_PAUSED if begins else "")
+
+    def _tell_mode(self, mode: ExecutionMode, status: GPUResourceStatus) -> None:
+        self._board.say(f"{mode.value}: {status.state.name}, CLIP on {status.clip_device}")
+        if status.cpu_only:
+            self._board.say(f"  CPU only: {status.cpu_only_reason}")
+        if status.reason is not None:
+            self._board.say(f"  {status.reason}")
+
+    def _hear(self, event: Event) -> None:
+        if self._loop is not None:  # before, nothing of the agent's has begun that could be told
+            rest = _PAUSED if self._loop.paused else ""
+            _hear(event, self._board, self.states, self._config.gpu, rest=rest)
+
+    # --- from outside ---
+
+    def _follow(self, mode: ExecutionMode) -> None:
+        self._wish = mode
+        if self._loop is not None:
+            self._loop.follow(mode)
+
+    def _read_again(self) -> Mapping[str, Any]:
+        assert self._reload is not None  # nobody is let in before there is one
+        return self._reload()
+
+    @contextlib.contextmanager
+    def _served(self, manager: GPUResourceManager) -> Iterator[Callable[[], object]]:
+        """Serve the control socket meanwhile; where there can be none, say so and go on.  Yields what opens it."""
+        config = self._config.control
+        if not config.enabled:
+            yield lambda: None
+            return
+        from gpu_fsm.control import ControlServer
+
+        try:
+            server = ControlServer(
+                manager,
+                config.socket_path,
+                max_clients=config.max_clients,
+                on_mode=self._follow,
+                on_reload=self._read_again,
+                doing=self._board.waiting,
+                starting=True,
+            )
+        except (OSError, BadArgument) as error:
+            if config.socket_path is not None:
+                raise
+            self._board.say(f"no control socket: {one_line(error)}")
+            yield lambda: None
+            return
+        with server:
+            yield server.started
+
+
+def _in_daemon_thread(work: Callable[[], None]) -> Future[None]:
+    """A signal ends the waiting for it at once, whatever library it is in."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="gpu_fsm-clip", daemon=True).start()
+    return future
+
+
+def _late_clip(config: GPUResourceConfig) -> CLIPManager:
+    from gpu_fsm.clip import CLIPManager
+
+    class Late(CLIPManager):
+        """Until it is loaded nobody else asks torch for a GPU: whoever ends the run would wait for torch's import."""
+
+        @property
+        def gpu_unusable_reason(self) -> str:
+            return super().gpu_unusable_reason if self._is_ready() else "CLIP is still being loaded"
+
+    return Late(config)
 
 
 def _save_the_rest(loop: ExecutionLoop, path: Path | None, board: Board, counts: Counter[str]) -> None:
@@ -203,10 +333,6 @@ def _open_memory(agent: AgentConfig, gpu: GPUResourceConfig, probe: Vector) -> F
     weights = Weights(image=agent.image_weight, text=agent.text_weight)
     path = agent.index_path
     if path is None or not path.exists():
-        if path is not None and not path.parent.is_dir():
-            raise BadArgument(
-                detail=f"{one_line(path.parent)} is no folder", remedy="Make it, or set agent.index_path."
-            )
         return FusionEngine(limits, probe=probe, weights=weights)
     try:
         return FusionEngine.load(path, limits, probe=probe, weights=weights)
@@ -219,7 +345,7 @@ def _fingerprint(clip: CLIPHost) -> Vector:
     return vector
 
 
-def _hear(event: Event, board: Board, states: list[State], config: GPUResourceConfig) -> None:
+def _hear(event: Event, board: Board, states: list[State], config: GPUResourceConfig, *, rest: str = "") -> None:
     told = told_event(event)
     if told is not None:
         with contextlib.suppress(OSError):  # nobody reads any more: the agent's own next line ends the run for that
@@ -227,35 +353,11 @@ def _hear(event: Event, board: Board, states: list[State], config: GPUResourceCo
     if isinstance(event, StateChanged):
         states.append(event.new)
         if event.new not in STEPS:
-            board.wait_for("")
+            board.wait_for(rest)
         elif event.new is State.LOADING:
             board.wait_for(f"loading {one_line(config.vlm_model)}", limit_s=config.vlm_load_deadline_s)
         else:
             board.wait_for(event.new.value)
-
-
-@contextlib.contextmanager
-def _control(
-    config: ControlConfig, manager: GPUResourceManager, loop: ExecutionLoop, board: Board, reload: Reloader
-) -> Iterator[None]:
-    """Serve the control socket meanwhile; where there can be none, say so and go on."""
-    if not config.enabled:
-        yield
-        return
-    from gpu_fsm.control import ControlServer
-
-    try:
-        server = ControlServer(
-            manager, config.socket_path, max_clients=config.max_clients, on_mode=loop.follow, on_reload=reload
-        )
-    except (OSError, BadArgument) as error:
-        if config.socket_path is not None:
-            raise
-        board.say(f"no control socket: {one_line(error)}")
-        yield
-        return
-    with server:
-        yield
 
 
 # --- pull -------------------------------------------------------------------------------------------------------------

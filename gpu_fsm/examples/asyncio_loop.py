@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from gpu_fsm import ExecutionMode, GPUResourceManager
 from gpu_fsm.agent import ExecutionLoop, FusionEngine, Screen, UIDetector
-from gpu_fsm.examples.worlds import manager_for, three_screens
+from gpu_fsm.examples.worlds import arguments, manager_for, three_screens
 
 
 async def arriving() -> AsyncIterator[Screen]:
@@ -55,4 +55,4 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(arguments(__doc__)))

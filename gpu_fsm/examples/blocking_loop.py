@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from gpu_fsm import ExecutionMode
 from gpu_fsm.agent import ExecutionLoop, FusionEngine, Screen, Step, UIDetector
-from gpu_fsm.examples.worlds import manager_for, three_screens
+from gpu_fsm.examples.worlds import arguments, manager_for, three_screens
 
 
 def act(screen: Screen, label: str) -> None:
@@ -38,4 +38,4 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(arguments(__doc__)))

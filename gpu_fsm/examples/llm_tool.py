@@ -14,7 +14,7 @@ from typing import Any
 
 from gpu_fsm import ExecutionMode, GPUResourceManager
 from gpu_fsm.agent import Screen, UIDetector
-from gpu_fsm.examples.worlds import manager_for, three_screens
+from gpu_fsm.examples.worlds import arguments, manager_for, three_screens
 
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -53,4 +53,4 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(arguments(__doc__)))

@@ -94,3 +94,7 @@ class MendedStories(PlantedStories):
     """The mended agent: no story breaks it."""
 
     agent_class = Mended
+
+
+if __name__ == "__main__":
+    print(__doc__)

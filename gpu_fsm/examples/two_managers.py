@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from gpu_fsm import ExecutionMode, GPUResourceManager, State
+from gpu_fsm.examples.worlds import arguments
 from gpu_fsm.ollama import OllamaManager
 from gpu_fsm.simulation import SimulatedWorld
 
@@ -52,4 +53,4 @@ def main(_: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(arguments(__doc__)))

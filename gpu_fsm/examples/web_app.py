@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse
 
 from gpu_fsm import ExecutionMode, GPUFSMError
 from gpu_fsm.agent import Screen, UIDetector
-from gpu_fsm.examples.worlds import call, manager_for, three_screens
+from gpu_fsm.examples.worlds import arguments, call, manager_for, three_screens
 
 
 def create_app(argv: Sequence[str] = ()) -> FastAPI:
@@ -54,4 +54,4 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(arguments(__doc__)))

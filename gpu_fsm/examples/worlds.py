@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -15,6 +16,13 @@ from gpu_fsm.simulation import SimulatedWorld
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+
+def arguments(about: str | None) -> list[str]:
+    """What was typed, after a look at it: `--help` shows what the example is about."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--simulated", action="store_true", help="without a GPU, Ollama and CLIP: they are simulated")
+    return ["--simulated"] if parser.parse_args().simulated else []
 
 
 @contextlib.contextmanager

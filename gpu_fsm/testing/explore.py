@@ -48,6 +48,8 @@ class Exploration(Generic[C]):
     violations: list[Violation] = field(factory=list)
     closed: bool = False
     """Nothing was left to try: every action of every configuration was executed."""
+    searched: int = 0
+    """Every story of at most so many actions that leads through configurations by their shortest way was told."""
     unreached_states: tuple[str, ...] = ()
     unreached_transitions: tuple[str, ...] = ()
 
@@ -84,7 +86,8 @@ def search(
     it counts: two subjects with equal values are one configuration.  `invariants` must hold after every action;
     `promises` are experiments, made in each configuration on a subject of their own, for what must stay possible from
     everywhere.  Both fail by returning False or raising AssertionError.  `met` names what the last action went through.
-    `more` looks at a subject after an action and names further actions for the configuration that it came from.
+    `more` looks at a subject after an action and names further actions for the configuration that it came from; one
+    that was named before is not executed again.
     `discard` is told each subject that has served.  An exception in `refusals` is an answer like any other; every other
     exception is a violation.
 
@@ -101,13 +104,15 @@ def search(
     todo: deque[tuple[C, _Path[S]]] = deque([] if broken else [(start, ())])
     while todo:
         here, path = todo.popleft()
+        result.searched = len(path)
         names = tuple(name for name, _ in path)
         subject = walk.lead(path)
         if abstraction(subject) != here:
             result.violations.append(Violation("replay", names, f"led to {abstraction(subject)} and not to {here}"))
             complete = False
             continue
-        pending = deque(actions(subject).items())
+        offered = dict(actions(subject))
+        pending = deque(offered.items())
         discard(subject)
         for name, promise in (promises or {}).items():
             subject = walk.lead(path)
@@ -127,7 +132,9 @@ def search(
             for label in met(subject):
                 result.stories.setdefault(label, story)
             if more is not None:
-                pending.extend(more(subject).items())
+                further = {name: action for name, action in more(subject).items() if name not in offered}
+                offered |= further
+                pending.extend(further.items())
             discard(subject)
             if there not in result.configurations:
                 result.configurations[there] = story

@@ -58,6 +58,9 @@ RELIEF_S = (2.0, 8.0, 40.0, 400.0)
 
 LATE_S = (0.5, 3.0, 30.0)
 
+PAUSES_S = (0.05, 1.0, 6.0, 20.0, 65.0)
+"""How long nobody asks for anything, in the chaos."""
+
 FAULT_POINTS = tuple(
     (op, kind)
     for op in sorted(KINDS)
@@ -168,8 +171,9 @@ class _Judge(Oracle):
 class Scenario:
     """One life.  `run()` tells it once."""
 
-    def __init__(self, seed: int, *, operations: int = 10) -> None:
+    def __init__(self, seed: int, *, operations: int = 10, pauses_s: Sequence[float] = PAUSES_S) -> None:
         self.seed = seed
+        self.pauses_s = pauses_s
         self.dice = dice = Dice(seed)
         self.story: list[str] = []
         self.rows: Counter[str] = Counter()
@@ -585,7 +589,7 @@ class Scenario:
         self._someone_leaves()
 
     def _op_time_passes(self) -> None:
-        self.manager.drive_for(self.dice.pick((0.05, 1.0, 6.0, 20.0, 65.0)))
+        self.manager.drive_for(self.dice.pick(self.pauses_s))
 
     def _op_restart(self) -> None:
         """The agent ends as it should and is started again."""
@@ -851,9 +855,9 @@ def commit() -> str | None:
     return None
 
 
-def run(seed: int, *, operations: int = 10) -> Report:
+def run(seed: int, *, operations: int = 10, pauses_s: Sequence[float] = PAUSES_S) -> Report:
     """Live one life and report it."""
-    return Scenario(seed, operations=operations).run()
+    return Scenario(seed, operations=operations, pauses_s=pauses_s).run()
 
 
 def check(seed: int, *, operations: int = 10) -> Report:

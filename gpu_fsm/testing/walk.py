@@ -449,10 +449,11 @@ class Scene:
         for op in ops:
             kinds = sorted(KINDS.get(op, ())) if self.bounds.every_kind else self.profile.faults.get(op, ())
             for kind in kinds if op not in taken else ():
+                # Sorted: which of two was found first makes no difference.
                 if moved or op == "ollama.ps":
-                    yield evolve(act, armed=(*act.armed, (op, kind, False)))
+                    yield evolve(act, armed=tuple(sorted((*act.armed, (op, kind, False)))))
                 if moved and op == "ollama.ps":
-                    yield evolve(act, armed=(*act.armed, (op, kind, True)))
+                    yield evolve(act, armed=tuple(sorted((*act.armed, (op, kind, True)))))
 
     def _with_meddling(self, act: Act) -> Iterator[Act]:
         points: dict[tuple[State, str, str], None] = {}
@@ -601,6 +602,8 @@ class Walked:
     stories: dict[str, Story]
     """The shortest story to each row, state and guard outcome."""
     seconds: float
+    searched: int = 0
+    """Where not closed: so many actions from the beginning everything was tried, in the last profile that was begun."""
 
     @property
     def missing(self) -> list[str]:
@@ -683,6 +686,7 @@ def explore_manager(
             total.configurations |= found.configurations
             total.edges += len(found.edges)
             total.depth = max(total.depth, found.depth)
+            total.searched = found.searched
             total.closed = total.closed and found.closed
             total.violations += found.violations
             for name, story in found.stories.items():

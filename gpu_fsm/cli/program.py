@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 
 from gpu_fsm import __version__
-from gpu_fsm.cli.base import EXIT_CODES, ExitCode
+from gpu_fsm.cli.codes import EXIT_CODES, ExitCode
 from gpu_fsm.cli.completion import completion
 from gpu_fsm.cli.config import config
 from gpu_fsm.cli.control import events, explain, mode, status, vlm
@@ -78,8 +78,8 @@ def _cli() -> None:
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
+def run_command(argv: Sequence[str] | None) -> int:
+    """Run one command and return the exit code."""
     try:
         result = _cli.main(args=argv, prog_name="gpu-fsm", standalone_mode=False)
         sys.stdout.flush()
@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         click.echo(error.format_message(), err=True)
         return ExitCode.USAGE
     except click.ClickException as error:
-        return _complain(error.format_message(), ExitCode.USAGE)
+        context = getattr(error, "ctx", None)
+        hint = f" See {context.command_path} --help." if context is not None else ""
+        return _complain(error.format_message() + hint, ExitCode.USAGE)
     except (ConfigError, BadArgument) as error:
         return _complain(str(error), ExitCode.USAGE)
     except ClipUnavailable as error:
@@ -111,7 +113,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else ExitCode.FINE
 
 
+_AS_COMMANDS = {
+    "get_status()": "`gpu-fsm status`",
+    "set_execution_mode": "`gpu-fsm mode`",
+    "allow_pickle_weights=True": "--allow-pickle-weights",
+}
+"""What a program would call, in the words of the command line."""
+
+
 def _complain(message: str, code: ExitCode) -> ExitCode:
+    for call, command in _AS_COMMANDS.items():
+        message = message.replace(call, command)
     # No wrapping and no markup: one line stays one line, and square brackets are the user's.
     Console(stderr=True, highlight=False, markup=False).print(f"gpu-fsm: {one_line(message, 500)}", soft_wrap=True)
     return code
