@@ -22,6 +22,8 @@ from gpu_fsm.simulation import KINDS, VLM, RunningClock, SimulatedModel, Simulat
 from tests.ollama_clients import CANARY, LOADED, ask, client, load
 from tests.raw_server import Visit, http, serving
 
+pytestmark = pytest.mark.core
+
 ENCODED = base64.b64encode(f"me:{CANARY}".encode()).decode()
 ECHO = f"you sent Basic {ENCODED}, that is me:{CANARY}"
 WITH_PASSWORD = f"://me:{CANARY}@"

@@ -32,7 +32,7 @@ from tests.tools.bench import BASELINE_MIB, CARD_MIB, CONTEXT_MIB, Bench, set_up
 from tests.tools.fake_nvml import FakeNVML
 from tests.waiting import in_thread, run_python, until
 
-pytestmark = [pytest.mark.needs_torch, *building.marks(fake_nvml.missing() or fakegpu.missing())]
+pytestmark = [pytest.mark.core, pytest.mark.needs_torch, *building.marks(fake_nvml.missing() or fakegpu.missing())]
 
 UNINITIALIZED, NOT_SUPPORTED, NO_PERMISSION, DRIVER_NOT_LOADED = 1, 3, 4, 9
 LIBRARY_NOT_FOUND, GPU_IS_LOST, LIB_RM_VERSION_MISMATCH, UNKNOWN = 12, 15, 18, 999

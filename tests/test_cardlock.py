@@ -24,7 +24,7 @@ from tests.tools.fake_nvml import FakeNVML
 from tests.waiting import PATIENCE_S, ROOT
 from tests.worlds import inline
 
-pytestmark = building.marks(fake_nvml.missing())
+pytestmark = [pytest.mark.core, *building.marks(fake_nvml.missing())]
 
 NOBODY = "http://127.0.0.1:9"
 """Where no Ollama listens."""

@@ -30,6 +30,8 @@ from tests.tools.fake_nvml import FakeNVML
 from tests.tools.ledger_card import LedgerCard
 from tests.waiting import until
 
+pytestmark = pytest.mark.core
+
 VLM, OTHER, BLIND, HUGE = "sim-vlm:7b", "other:3b", "blind:7b", "huge:90b"
 SIZE_MIB = 6000.0
 FOR_EVER = -1

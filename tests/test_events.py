@@ -11,11 +11,14 @@ import attrs
 import pytest
 
 from gpu_fsm import ExecutionMode
+from gpu_fsm.errors import LoadFailed
 from gpu_fsm.events import KINDS, Degraded, Event, ModeChanged, Recovered, ResourceChanged, StateChanged
 from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.states import STEPS, State
 from tests.waiting import PATIENCE_S, until
 from tests.worlds import inline, threaded
+
+pytestmark = pytest.mark.core
 
 
 def test_events_come_in_order_with_the_states_they_tell_of() -> None:
@@ -253,3 +256,98 @@ def test_the_kinds_are_words_of_their_own() -> None:
         "foreign_evicted", "foreign_consumer", "vram_low",
     }  # fmt: skip
     assert len({kind.kind for kind in KINDS}) == len(KINDS)
+
+
+def test_a_vlm_that_no_mode_promises_any_more_is_unloaded_for_want_of_use() -> None:
+    """RECORDING has brought it in, IDLE leaves it where it is: until nobody has used it for `idle_timeout_s`."""
+    world = SimulatedWorld()
+    manager = inline(world, idle_timeout_s=50)
+    told: list[Event] = []
+    manager.subscribe(told.append, "idle_unload")
+    manager.set_execution_mode("recording")
+    manager.set_execution_mode("idle")
+    manager.drive_for(40.0)
+    assert (world.vlm_resident(), told) == (True, [])
+    manager.drive_for(20.0)
+    assert (world.vlm_resident(), [event.kind for event in told]) == (False, ["idle_unload"])
+
+
+def test_a_silent_ollama_is_borne_for_its_time_and_then_told() -> None:
+    """Before `unknown_max_s` nothing is lost; after it the mode ends, with the reason."""
+    world = SimulatedWorld()
+    manager = inline(world)
+    told: list[Event] = []
+    manager.set_execution_mode("recording")
+    manager.subscribe(told.append, Degraded)
+    world.faults.arm("ollama.ps", "hang", times=None)
+    manager.drive_for(manager.config.unknown_max_s - 1.0)
+    assert told == []
+    manager.drive_for(1.0 + 3 * manager.config.check_interval_s)
+    assert [event.reason.code for event in told if isinstance(event, Degraded)] == ["ollama_unreachable"]
+
+
+def test_an_hour_of_failing_loads_is_told_as_tries_at_the_longest_pause() -> None:
+    """Neither as hundreds of loads nor as a handful: `recover_cap_s` bounds the pause on both sides."""
+    world = SimulatedWorld()
+    manager = inline(world)
+    tries: list[float] = []
+    manager.subscribe(lambda event: tries.append(event.at) if event.new is State.LOADING else None, StateChanged)
+    world.faults.arm("ollama.load", "http_500", times=None)
+    manager.set_execution_mode("recording")
+    manager.drive_for(3600.0)
+    pauses = [later - earlier for earlier, later in pairwise(tries)]
+    cap = manager.config.recover_cap_s
+    assert max(pauses) <= cap + 30.0
+    assert min(pauses[8:]) >= cap
+    assert pauses[0] < pauses[3] < pauses[8]
+
+
+def test_a_wish_whose_way_back_fails_too_ends_after_few_changes() -> None:
+    """Neither the VLM comes in nor CLIP goes up again: an error, DEGRADED, and no more than seven moves."""
+    world = SimulatedWorld(card_mib=6400.0)
+    manager = inline(world)
+    manager.set_execution_mode("autopilot")
+    told: list[Event] = []
+    manager.subscribe(told.append, StateChanged)
+    world.faults.arm("ollama.load", "http_500", times=None)
+    world.faults.arm("clip.to_gpu", "oom", times=None)
+    with pytest.raises(LoadFailed):
+        manager.ensure_vlm_loaded()
+    assert manager.get_status().state is State.DEGRADED
+    assert len(told) <= 7
+
+
+def test_a_client_that_undoes_the_mode_again_and_again_is_told() -> None:
+    """After `reassert_limit` times, and its VLM is left to it."""
+    world = SimulatedWorld()
+    manager = inline(world)
+    manager.set_execution_mode("autopilot")
+    told: list[Event] = []
+    manager.subscribe(told.append, Degraded)
+    for _ in range(manager.config.reassert_limit + 1):
+        assert told == []
+        world.ollama.foreign_load(world.vlm.name)
+        manager.drive_for(manager.config.check_interval_s + world.vlm.load_s + 1.0)
+    assert [event.reason.code for event in told if isinstance(event, Degraded)] == ["external_client"]
+    assert world.vlm_resident()
+
+
+def test_a_neighbour_that_comes_between_two_tries_of_a_load_is_told_as_the_reason() -> None:
+    """Another try would land on the CPU, or push the neighbour out: the card is asked before each."""
+    world = SimulatedWorld()
+    manager = inline(world)
+    told: list[Event] = []
+    manager.subscribe(told.append, Degraded)
+    world.faults.arm("ollama.load", "http_500", times=1)
+
+    def comes(op: str, phase: str) -> None:
+        if (op, phase) == ("ollama.load", "after") and "game" not in world.card.owners():
+            world.card.take("game", world.card.free_mib - 1000.0)
+
+    world.on_io.append(comes)
+    assert not manager.set_execution_mode("recording").granted
+    manager.drive_for(0)
+    (degraded,) = told
+    assert isinstance(degraded, Degraded)
+    assert degraded.reason.code == "vram_insufficient"
+    assert [entry.op for entry in world.ollama.log].count("ollama.load") == 1

@@ -21,12 +21,15 @@ from gpu_fsm.errors import (
     OperationTimeout,
     Superseded,
 )
+from gpu_fsm.events import Degraded, Event
 from gpu_fsm.leases import LeaseBook
 from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.states import State
 from gpu_fsm.tickets import Outcome
 from tests.waiting import PATIENCE_S, Gate, in_thread, until
 from tests.worlds import inline, threaded
+
+pytestmark = pytest.mark.core
 
 
 class Elsewhere:
@@ -332,6 +335,22 @@ def test_a_lease_granted_while_its_waiter_gives_up_is_given_back() -> None:
     manager.close()
 
 
+@pytest.mark.parametrize("model", ["vlm", "clip"])
+def test_a_move_begins_only_when_nobody_holds_the_model(model: str) -> None:
+    """Looking and closing are one step; who comes while it moves waits, and a lease on the other one is no matter."""
+    book = LeaseBook(lambda: 0.0, lambda: None)
+    other = book.ask_clip("other").result(0) if model == "vlm" else book.grant_vlm("other")
+    held = book.grant_vlm("holder") if model == "vlm" else book.ask_clip("holder").result(0)
+    assert not book.claim({model})
+    book.release(held)
+    assert book.claim({model})
+    book.vlm_ready(1.0)
+    late = book.try_vlm("late") if model == "vlm" else book.ask_clip("late")
+    assert late is None or not late.done()
+    book.open()
+    assert {info.id for info in book.snapshot} >= {other}
+
+
 def test_a_lease_may_be_released_twice() -> None:
     """Giving back what was given back harms nobody else's lease."""
     manager = inline(SimulatedWorld())
@@ -453,3 +472,45 @@ def test_a_lease_that_the_garbage_collector_gives_back_waits_for_nothing() -> No
     finally:
         if enabled:
             gc.enable()
+
+
+def test_nobody_who_waits_for_a_lease_is_forgotten_when_a_load_of_its_holder_is_preempted() -> None:
+    """Each of them is told that it was superseded: the one who waits, and the holder who asked past it."""
+    world = SimulatedWorld(vlm_load_s=30.0)
+    manager = inline(world, drain_timeout_s=1000.0)
+    manager.set_execution_mode("autopilot")
+    futures: list[Future[Outcome]] = []
+
+    def another(mode: str, *, preempt: bool = False) -> None:
+        futures.append(contextvars.Context().run(manager.submit_execution_mode, mode, preempt=preempt))
+
+    with manager.clip():
+        another("recording")
+        manager.drive_for(1.0)
+        world.clock.after(5.0, lambda: another("autopilot", preempt=True))
+        with pytest.raises(Superseded):
+            manager.ensure_vlm_loaded()
+        manager.drive_for(100.0)
+    waited, preempting = futures
+    assert preempting.result(0).granted
+    assert isinstance(waited.exception(0), Superseded)
+
+
+def test_an_emergency_leaves_a_leased_clip_where_it_is() -> None:
+    """Moving it under an encode would crash the process; it is listed, and goes when the lease has ended."""
+    world = SimulatedWorld()
+    manager = inline(world, pressure_s=5, floor_mib=128)
+    manager.set_execution_mode("autopilot")
+    told: list[Event] = []
+    manager.subscribe(told.append, Degraded)
+    with manager.clip() as clip:
+        world.card.take("a game", world.card.free_mib - 10)
+        manager.drive_for(60)
+        (degraded, *_) = told
+        assert isinstance(degraded, Degraded)
+        assert "CLIP" in " ".join(degraded.leftovers)
+        assert world.clip.place == "gpu"
+        assert [lease.lost for lease in manager.get_status().leases] == [False]
+        assert clip.encode(["x"]).shape[0] == 1
+    manager.drive_for(60)
+    assert world.clip.place == "cpu"

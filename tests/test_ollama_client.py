@@ -59,6 +59,8 @@ from tests.ollama_clients import (
 )
 from tests.raw_server import RawServer, Visit, chunked, http, serving
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture
 def clock() -> VirtualClock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from gpu_fsm.errors import (
     LoadFailed,
     LoadOutOfMemory,
     LoadTimeout,
+    ManagerClosed,
     ModelNotFound,
     OllamaBusy,
     OllamaError,
@@ -39,6 +41,9 @@ from gpu_fsm.status import Answer, ExecutionMode, State
 from tests import worlds
 from tests.ollama_clients import LOADED, WallClock, ask, client, config, entry, line, load, part, ps
 from tests.raw_server import RawServer, Visit, chunked, http, serving
+
+pytestmark = pytest.mark.core
+
 
 # --- the server's own errors -----------------------------------------------------------------------------------------
 
@@ -150,6 +155,33 @@ def test_an_error_after_the_first_part_of_a_stream_is_an_error(texts: tuple[str,
             with pytest.raises(LoadFailed) as caught:
                 next(answers)
         assert (caught.value.status, caught.value.text) == (200, text.strip())
+
+
+def test_a_stream_that_ends_before_its_last_part_is_an_error() -> None:
+    """So Ollama ends what repeats itself for ever: neatly, and with half of an answer."""
+    with serving(chunked(part("and "), part("and "))) as server:
+        parts = client(server).generate("x", keep_alive_s=60, timeout_s=5.0, stream=True)
+        with pytest.raises(OllamaProtocolError, match="without its last part"):
+            list(parts)
+
+
+def test_a_stream_that_has_fallen_silent_ends_when_the_client_is_closed() -> None:
+    """And the server sees its connection go."""
+
+    def say_half(visit: Visit) -> None:
+        visit.send(chunked(part("and "))[: -len(b"0\r\n\r\n")])
+        visit.hang()
+
+    with RawServer(say_half) as server:
+        manager = client(server)
+        parts = manager.generate("x", keep_alive_s=60, timeout_s=60.0, stream=True)
+        assert next(parts).text == "and "
+        closing = threading.Timer(0.1, manager.close)
+        closing.start()
+        with pytest.raises(ManagerClosed):
+            next(parts)
+        closing.join()
+        assert server.wait_for_visits(1)[0].gone.wait(10)
 
 
 # --- what the rows of the other two lists need ------------------------------------------------------------------------

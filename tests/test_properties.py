@@ -39,6 +39,8 @@ from gpu_fsm.events import Event, IdleUnload, ModeChanged
 from gpu_fsm.simulation import VLM, LogEntry, SimulatedWorld
 from tests.worlds import inline, threaded
 
+pytestmark = pytest.mark.core
+
 IDLE, RECORDING, AUTOPILOT, DEGRADED = ExecutionMode
 STEPS = (State.RELEASING, State.MIGRATING, State.LOADING, State.SHEDDING)
 EFFECTS = ("ollama.load", "ollama.unload", "clip.to_gpu", "clip.to_cpu")
@@ -75,6 +77,17 @@ def sizes(draw: st.DrawFn, /, **fixed: Any) -> dict[str, Any]:
         "tells_holders": draw(st.booleans()),
         **fixed,
     }
+
+
+A_SMALL_VLM_BESIDE_A_LARGE_CLIP: dict[str, Any] = {
+    "vlm_mib": 600,
+    "clip_mib": 900,
+    "context_mib": 0,
+    "driver_mib": 0,
+    "card_mib": 720 + 900 + RESERVE_MIB,
+    "reclaim_s": 4.0,
+}
+"""Both fit; where both are given back, most of the memory is back before any of the VLM's is."""
 
 
 Deed = tuple[str, Any]
@@ -265,6 +278,7 @@ def test_property_01_entering_autopilot_unloads_the_vlm(
 
 
 @given(sizes=sizes(), resident=st.booleans(), past=pasts, trouble=bearable)
+@example(sizes=A_SMALL_VLM_BESIDE_A_LARGE_CLIP, resident=False, past=[], trouble=[Trouble("ollama.load", "partial")])
 def test_property_02_entering_recording_loads_the_vlm(
     sizes: dict[str, Any], resident: bool, past: list[Deed], trouble: list[Trouble]
 ) -> None:
@@ -338,6 +352,7 @@ def test_property_03_in_autopilot_clip_is_on_the_gpu_where_there_is_one_and_it_f
     start=st.sampled_from(["recording", "idle", "autopilot"]),
     trouble=bearable,
 )
+@example(sizes=A_SMALL_VLM_BESIDE_A_LARGE_CLIP, resident=False, start="autopilot", trouble=[])
 def test_property_04_used_memory_falls_by_what_the_vlm_held_before_anyone_is_told(
     sizes: dict[str, Any], resident: bool, start: str, how: str, trouble: list[Trouble]
 ) -> None:

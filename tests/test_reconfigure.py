@@ -16,6 +16,8 @@ from gpu_fsm.simulation import SimulatedWorld
 from tests.waiting import until
 from tests.worlds import inline, threaded
 
+pytestmark = pytest.mark.core
+
 FIXED: dict[str, Any] = {
     "ollama_url": "http://127.0.0.1:9",
     "allow_remote": True,

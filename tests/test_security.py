@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from gpu_fsm import diagrams
 from gpu_fsm.cardlock import CardLock
+from gpu_fsm.control import LINE_BYTES, ControlServer
 from gpu_fsm.errors import ConfigError, GPUFSMError, OllamaUnavailable
 from gpu_fsm.settings import GPUResourceConfig, load_config
 from gpu_fsm.simulation import SimulatedWorld
@@ -33,7 +34,9 @@ from tests import worlds
 from tests.ollama_clients import CANARY, LOADED, VirtualClock, Wire, client, config, entry, ps
 from tests.raw_server import RawServer, Visit, http, serving
 from tests.test_real_processes import simulated_ollama
-from tests.waiting import run_python
+from tests.waiting import PATIENCE_S, run_python
+
+pytestmark = pytest.mark.core
 
 
 def row(id: str) -> pytest.MarkDecorator:  # noqa: A002
@@ -126,6 +129,24 @@ def test_what_a_name_resolves_to_is_judged_as_an_address_is(address: str, monkey
     assert dialled == []
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        pytest.param("192.168.1.7", id="S01-localhost-resolves-to-another-machine"),
+        pytest.param("2001:db8::7", id="S01-localhost-resolves-to-another-machine-6"),
+    ],
+)
+def test_localhost_is_this_machine_or_nothing(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has allowed another machine, so a spoilt table of hosts must not send screenshots there."""
+    dialled: list[object] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda _, to: dialled.append(to))
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(family, socket.SOCK_STREAM, 6, "", (address, 80))])
+    with pytest.raises(OllamaUnavailable):
+        client("http://localhost:1").unload_model(timeout_s=2.0)
+    assert dialled == []
+
+
 @row("S02-credentials")
 def test_a_password_in_the_address_is_not_said_by_a_whole_program() -> None:
     """With every logger at its loudest, on a server that refuses, through status, errors, copies and the exit."""
@@ -135,11 +156,16 @@ def test_a_password_in_the_address_is_not_said_by_a_whole_program() -> None:
             "import copy, logging, pickle, sys, traceback\n"
             "logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)\n"
             "from gpu_fsm import GPUResourceConfig, GPUResourceManager\n"
+            "from gpu_fsm.ollama import OllamaManager\n"
+            "from gpu_fsm.ports import RealClock\n"
             f"config = GPUResourceConfig(ollama_url={url!r}, clip_model=None, retry_base_s=0, vlm_load_retries=1,\n"
             "    unload_deadline_s=0.3, shed_deadline_s=0.3, observe_timeout_s=0.3, settle_timeout_s=0.1)\n"
             "manager = GPUResourceManager(config)\n"
             "manager.subscribe(print)\n"
-            "for call in (lambda: manager.set_execution_mode('recording', timeout_s=20), manager.ensure_vlm_loaded):\n"
+            "client = OllamaManager(config, clock=RealClock())\n"
+            "print(client, client.url, client.residency(1))\n"
+            "for call in (lambda: manager.set_execution_mode('recording', timeout_s=20), manager.ensure_vlm_loaded,\n"
+            "        lambda: client.unload_model(timeout_s=1)):\n"
             "    try:\n        print(call())\n"
             "    except Exception as error:\n"
             "        traceback.print_exc(file=sys.stdout)\n"
@@ -400,6 +426,23 @@ def test_a_small_file_that_claims_to_be_huge_is_not_unpacked(tmp_path: Path) -> 
         FusionEngine.load(path)
 
 
+@row("S08-index-behind-a-link")
+def test_a_screen_memory_is_not_written_through_a_link(tmp_path: Path) -> None:
+    """Where somebody has put a link in its place, the link is replaced and what it leads to is left alone."""
+    import numpy as np
+
+    from gpu_fsm.agent import FusionEngine
+
+    other, path = tmp_path / "other", tmp_path / "m.npz"
+    other.write_bytes(b"somebody else's")
+    path.symlink_to(other)
+    memory = FusionEngine()
+    memory.add("a", np.array([1, 0], np.float32))
+    memory.save(path)
+    assert other.read_bytes() == b"somebody else's"
+    assert FusionEngine.load(path).labels == ("a",)
+
+
 # --- S09 to S11: words from outside -----------------------------------------------------------------------------------
 
 
@@ -549,6 +592,32 @@ def test_importing_any_module_calls_nobody() -> None:
         "print(count)\n"
     )
     assert int(said.split()[-1]) > 30
+
+
+QUESTIONS = {
+    "another protocol": b'{"protocol": 2, "do": "status"}',
+    "no protocol": b'{"do": "status"}',
+    "a line without end": b'{"protocol": 1, "do": "status"' + b" " * LINE_BYTES,
+    "no JSON": b"status",
+    "depth": b"[" * 10_000,
+    "a list": b'["status"]',
+    "nothing to do": b'{"protocol": 1}',
+    "something else to do": b'{"protocol": 1, "do": "__class__"}',
+}
+
+
+def test_the_control_socket_is_its_owners_and_answers_only_what_it_understands(tmp_path: Path) -> None:
+    """No other user may open it, and each bad line gets a refusal, not a status and not silence."""
+    with ControlServer(worlds.inline(SimulatedWorld()), tmp_path / "s") as server:
+        assert server.path.stat().st_mode & 0o777 == 0o600
+        for name, question in QUESTIONS.items():
+            with socket.socket(socket.AF_UNIX) as line, line.makefile("rb") as answers:
+                line.settimeout(PATIENCE_S)
+                line.connect(str(server.path))
+                assert b"control" in answers.readline()
+                line.sendall(question + b"\n")
+                answer = json.loads(answers.readline())
+                assert (answer["ok"], answer["error"]["code"]) == (False, "bad_argument"), name
 
 
 RAW = {

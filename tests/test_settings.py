@@ -25,6 +25,8 @@ from gpu_fsm.settings import (
     settings_table,
 )
 
+pytestmark = pytest.mark.core
+
 SECRET = "s3cret-canary"
 FIELDS = attrs.fields_dict(GPUResourceConfig)
 NUMBERS = [name for name, field in FIELDS.items() if isinstance(field.default, float)]

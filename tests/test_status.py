@@ -11,10 +11,13 @@ import attrs
 import pytest
 
 from gpu_fsm import ExecutionMode, GPUResourceStatus, Hold, ModelState
+from gpu_fsm.errors import InsufficientVRAM
 from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.states import STEPS, State
 from tests.waiting import PATIENCE_S, Gate, in_thread, until
 from tests.worlds import inline, threaded
+
+pytestmark = pytest.mark.core
 
 
 @pytest.mark.parametrize("op", ["", "probe.read", "ollama.ps", "ollama.load", "clip.to_gpu", "clip.to_cpu"])
@@ -197,3 +200,91 @@ def test_without_a_card_nothing_is_invented() -> None:
     assert status.cpu_only_reason
     assert (status.vram.total_mib, status.vram.free_mib, status.vram.used_mib) == (None, None, None)
     assert status.clip_device == "cpu"
+
+
+def test_at_every_call_the_named_device_is_the_one_that_clip_is_on() -> None:
+    """`get_clip_device` asks CLIP itself: the published status is as old as the last look."""
+    world = SimulatedWorld()
+    manager = inline(world)
+    wrong: list[str] = []
+
+    def look(op: str, phase: str) -> None:
+        place = {"cpu": "cpu", "gpu": "sim:0"}[world.clip.place]
+        if not (op.startswith("clip.to_") and phase == "during") and manager.get_clip_device() != place:
+            wrong.append(f"{op} {phase}: CLIP is on {place}, {manager.get_clip_device()} is named")
+
+    world.on_io.append(look)
+    for mode in ("autopilot", "recording", "idle"):
+        manager.set_execution_mode(mode)
+    manager.migrate_clip_to_gpu()
+    manager.close()
+    assert wrong == []
+
+
+def test_nothing_moves_for_a_second_driver_in_the_middle_of_a_step() -> None:
+    """Time that another thread lets pass begins when the step is over, and finds it done."""
+    world = SimulatedWorld()
+    manager = inline(world)
+    gate = Gate(world, "clip.to_gpu", "during")
+    asked = in_thread(manager.set_execution_mode, "autopilot")
+    gate.wait()
+    before, calls = manager.get_status(), len(world.ollama.log)
+    passing = in_thread(manager.drive_for, 1.0)
+    with pytest.raises(TimeoutError):
+        passing.result(0.3)
+    assert (manager.get_status().state, manager.get_status().since_at) == (State.MIGRATING, before.since_at)
+    assert len(world.ollama.log) == calls
+    gate.open()
+    assert asked.result(PATIENCE_S).granted
+    passing.result(PATIENCE_S)
+    assert manager.get_status().state is State.AUTOPILOT
+
+
+def test_a_refusal_for_want_of_room_leaves_the_status_as_it_was() -> None:
+    """Where the settings say `refuse`: the asked mode, too, or recovery would go for it one day."""
+    world = SimulatedWorld()
+    manager = inline(world, on_shortage="refuse")
+    manager.set_execution_mode("autopilot")
+    world.card.take("game", world.card.free_mib - 600.0)
+    before = manager.get_status()
+    with pytest.raises(InsufficientVRAM):
+        manager.set_execution_mode("recording")
+    after = manager.get_status()
+    assert (after.state, after.asked_mode, after.reason) == (before.state, before.asked_mode, None)
+    assert world.clip.place == "gpu"
+
+
+def test_a_runner_that_outlived_its_server_is_not_shown_as_unloaded() -> None:
+    """Nobody listens, but a process of Ollama's still holds the memory: it is not known what that is."""
+    world = SimulatedWorld()
+    manager = inline(world)
+    manager.set_execution_mode("recording")
+    world.ollama.stop(kill=True)
+    manager.drive_for(manager.config.check_interval_s)
+    assert manager.get_status().vlm_state is ModelState.UNKNOWN
+    world.ollama.reap_orphans()
+    manager.drive_for(manager.config.check_interval_s)
+    assert manager.get_status().vlm_state is ModelState.UNLOADED
+
+
+def test_a_dead_runner_is_not_shown_as_loaded() -> None:
+    """Ollama lists it until the next request finds out; the driver, which names all who hold memory, knows better."""
+    world = SimulatedWorld()
+    manager = inline(world)
+    manager.ensure_vlm_loaded()
+    assert manager.get_status().vlm_state is ModelState.LOADED
+    world.ollama.kill_runner()
+    world.clock.advance(5.0)
+    seen: list[ModelState] = []
+
+    def look(op: str, phase: str) -> None:
+        if op in ("ollama.load", "ollama.unload") and phase == "before":
+            seen.append(manager.get_status().vlm_state)
+
+    world.on_io.append(look)
+    manager.drive_for(2 * manager.config.check_interval_s)
+    assert ModelState.LOADED not in seen
+    assert seen
+    with manager.vlm() as vlm:
+        assert vlm.generate("x").done
+    assert world.vlm_resident()

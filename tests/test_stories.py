@@ -17,6 +17,8 @@ from gpu_fsm.status import ExecutionMode, Hold, State
 from gpu_fsm.testing.stateful import GPUStateMachine, elsewhere, inline_manager
 from tests.test_faults import fresh_machine
 
+pytestmark = pytest.mark.core
+
 SMALL = 6400.0
 """A card on which CLIP and the VLM do not fit together."""
 
@@ -1194,3 +1196,164 @@ def test_a_part_that_was_accepted_is_not_taken_for_the_whole() -> None:
     world.card.take("game", 400.0)
     manager.ensure_vlm_loaded()
     assert world.vlm_held_mib() == world.vlm.size_mib
+
+
+def test_what_clip_gave_back_does_not_prove_that_the_vlm_is_gone() -> None:
+    """A large CLIP is back at once; the close that gives both back is over when the VLM's memory is back, too."""
+    world = SimulatedWorld(vlm_mib=600, clip_mib=900, context_mib=0, reclaim_s=4.0)
+    manager = inline_manager(world)
+    manager.set_execution_mode("autopilot")
+    manager.ensure_vlm_loaded()
+    assert (world.vlm_resident(), world.clip.place) == (True, "gpu")
+    manager.close()
+
+    assert [owner for owner in world.card.owners() if owner.startswith("ollama") or owner == "clip"] == []
+
+
+def test_an_unload_whose_memory_does_not_come_back_is_told_to_who_asked() -> None:
+    """The VLM is out by Ollama's word alone: the hold stands, and whoever asked gets the figures."""
+    with story(tells_holders=False) as machine:
+        manager, world = machine.manager, machine.world
+        manager.set_execution_mode("recording")
+        world.faults.arm("ollama.unload", "reclaim_never")
+        with pytest.raises(errors.ReleaseUnproven) as told:
+            manager.ensure_vlm_unloaded()
+
+        assert told.value.returned_mib < 0.9 * told.value.expected_mib
+        assert (State.RECORDING, Hold.PARKED) == (manager.get_status().state, manager.get_status().hold)
+        world.faults.heal()
+
+
+def test_a_vlm_that_another_program_runs_under_another_name_is_known_by_its_digest() -> None:
+    """It is in already, so nothing is loaded."""
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    world.ollama.add_model(attrs.evolve(world.vlm, name="another:name"))
+    world.ollama.foreign_load("another:name")
+    world.clock.advance(60.0)
+    assert manager.set_execution_mode("recording").granted
+    assert [entry.op for entry in world.ollama.log if entry.client == "us" and entry.op == "ollama.load"] == []
+
+
+def test_the_device_that_is_named_is_where_clip_is_now() -> None:
+    """Not where it was at the last look: while the VLM loads, CLIP has long gone down."""
+    with story(card_mib=SMALL) as machine:
+        manager, world = machine.manager, machine.world
+        manager.set_execution_mode("autopilot")
+        named: list[str] = []
+
+        def look(op: str, phase: str) -> None:
+            if op == "clip.to_cpu" and phase != "during":
+                named.append(manager.get_clip_device())
+
+        world.on_io.append(look)
+        manager.set_execution_mode("recording")
+        world.on_io.remove(look)
+
+        assert named == ["sim:0", "cpu"]
+
+
+def test_the_pause_before_the_next_try_is_never_longer_than_its_cap() -> None:
+    """However often it has failed: what heals is found within `recover_cap_s`."""
+    with story() as machine:
+        manager, world = machine.manager, machine.world
+        world.faults.arm("ollama.load", "http_500", times=None)
+        machine.oracle.inputs += 1
+        manager.set_execution_mode("recording")
+        longest = 0.0
+        for _ in range(100):
+            manager.drive_for(10.0)
+            status = manager.get_status()
+            assert State.DEGRADED is status.state
+            (due_at,) = [timer.due_at for timer in status.timers if timer.name == "recover"]
+            longest = max(longest, due_at - status.now_at)
+        assert longest == pytest.approx(manager.config.recover_cap_s)
+        world.faults.heal()
+
+
+def test_a_fallback_that_fails_too_is_not_tried_for_ever() -> None:
+    """The VLM does not come in, CLIP does not go up again: then it is DEGRADED."""
+    with story(card_mib=SMALL) as machine:
+        manager, world = machine.manager, machine.world
+        manager.set_execution_mode("autopilot")
+        world.faults.arm("ollama.load", "http_500", times=None)
+        world.faults.arm("clip.to_gpu", "oom", times=None)
+        with pytest.raises(errors.LoadFailed):
+            manager.ensure_vlm_loaded()
+
+        assert State.DEGRADED is manager.get_status().state
+        world.faults.heal()
+
+
+def test_a_vlm_that_has_gone_is_not_fetched_by_its_renewal() -> None:
+    """A renewal of what is gone would be a load in the middle of a mode; the check puts it right, step by step."""
+    with story() as machine:
+        manager = machine.manager
+        manager.set_execution_mode("recording")
+        with manager.vlm():
+            manager.drive_for(1.0)
+            renewals = renewals_of_the_gone(machine)
+        assert renewals == []
+
+
+def renewals_of_the_gone(machine: GPUStateMachine) -> list[str]:
+    """Let the VLM be gone when its renewal falls due, and no check between; returns what was sent for it."""
+    manager, world = machine.manager, machine.world
+    while True:
+        due = {timer.name: timer.due_at for timer in manager.get_status().timers}
+        if "renew" in due and due["renew"] < due["check"]:
+            break
+        manager.drive_for(max(0.1, min(due.values()) - world.clock.monotonic()))
+    world.ollama.foreign_unload(world.vlm.name)
+    sent = len(world.ollama.log)
+    manager.drive_for(max(0.0, due["renew"] - world.clock.monotonic()))
+    assert manager.journal[-1].trigger == "renew"
+    return [entry.op for entry in world.ollama.log[sent:] if entry.client == "us" and entry.op != "ollama.ps"]
+
+
+def test_an_orphan_of_a_killed_ollama_is_not_taken_for_an_unloaded_vlm() -> None:
+    """Its memory is still taken, so who asks for the unload is told that nobody can tell."""
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    manager.set_execution_mode("recording")
+    world.ollama.stop(kill=True)
+    with pytest.raises(errors.ResidencyUnknown):
+        manager.ensure_vlm_unloaded()
+    world.ollama.reap_orphans()
+    manager.ensure_vlm_unloaded()
+
+    assert Hold.PARKED is manager.get_status().hold
+
+
+def test_a_load_that_nobody_wants_any_more_is_cut_off() -> None:
+    """The preempting request has no use for it, so it does not wait a hundred seconds for its end."""
+    world = SimulatedWorld(vlm_load_s=100.0)
+    manager = inline_manager(world)
+    asked: list[Any] = []
+    world.clock.after(10.0, lambda: asked.append(manager.submit_execution_mode("autopilot", preempt=True)))
+    with pytest.raises(errors.Superseded):
+        manager.set_execution_mode("recording")
+    manager.drive_for(20.0)
+
+    assert asked[0].result(0).granted
+    assert world.clock.monotonic() < 60.0
+
+
+def test_who_waits_for_a_lease_is_displaced_by_what_preempts_the_holders_load() -> None:
+    """The holder's wish is served past the one who waits for it; a preempting request ends both, and tells both."""
+    world = SimulatedWorld(vlm_load_s=30.0)
+    manager = inline_manager(world)
+    manager.set_execution_mode("autopilot")
+    with manager.clip(holder="the holder"):
+        waiting = elsewhere(lambda: manager.submit_execution_mode("recording"))
+        manager.drive_for(1.0)
+        assert not waiting.done()
+        asked: list[Any] = []
+        preempting = lambda: manager.submit_execution_mode("idle", preempt=True)  # noqa: E731
+        world.clock.after(5.0, lambda: asked.append(elsewhere(preempting)))
+        with pytest.raises(errors.Superseded):
+            manager.ensure_vlm_loaded()
+        manager.drive_for(5.0)
+
+        assert asked[0].result(0).granted
+        assert isinstance(waiting.exception(0), errors.Superseded)

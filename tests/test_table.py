@@ -16,6 +16,8 @@ from gpu_fsm.states import EXTERNAL, MOVING, OUTCOMES, PROMISES, STABLE, STANDIN
 from gpu_fsm.status import State
 from gpu_fsm.testing.lint import lint_table
 
+pytestmark = pytest.mark.core
+
 REQUIRED: dict[State, tuple[str, ...]] = {
     **dict.fromkeys(STABLE, EXTERNAL),
     **dict.fromkeys(MOVING, OUTCOMES),

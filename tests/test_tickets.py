@@ -15,9 +15,12 @@ from gpu_fsm import ExecutionMode
 from gpu_fsm.errors import BadArgument, ManagerClosed, Superseded
 from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.states import State
+from gpu_fsm.status import Hold
 from gpu_fsm.tickets import Mailbox, Outcome, Ticket, newest
-from tests.waiting import PATIENCE_S, in_thread
+from tests.waiting import PATIENCE_S, Gate, in_thread, journal_is_whole
 from tests.worlds import inline
+
+pytestmark = pytest.mark.core
 
 MODES = (ExecutionMode.IDLE, ExecutionMode.RECORDING, ExecutionMode.AUTOPILOT)
 
@@ -212,3 +215,56 @@ def test_an_event_kind_that_is_none_is_refused_by_name() -> None:
     """What is no kind at all gets the same clear answer."""
     with pytest.raises(BadArgument):
         inline(SimulatedWorld()).subscribe(print, 3)  # type: ignore[arg-type]
+
+
+def test_who_is_answered_finds_the_answer_in_the_status() -> None:
+    """Also in a callback, and where nothing had to move: IDLE without its hold is acknowledged on the spot."""
+    world = SimulatedWorld()
+    manager = inline(world)
+    manager.ensure_vlm_loaded()
+    assert manager.get_status().hold is Hold.WANTED
+    found: list[Hold | None] = []
+    future = manager.submit_execution_mode("recording")
+    future.add_done_callback(lambda _: found.append(manager.get_status().hold))
+    manager.drive_for(1.0)
+    manager.set_execution_mode("idle")
+    future = manager._driver.post("vlm_wanted").future
+    future.add_done_callback(lambda _: found.append(manager.get_status().hold))
+    manager.drive_for(1.0)
+    assert found == [None, Hold.WANTED]
+
+
+def test_two_who_wait_drive_one_after_the_other() -> None:
+    """Without a thread of its own whoever waits does the work; the second one waits for the first one's turn to end."""
+    world = SimulatedWorld()
+    manager = inline(world)
+    gate = Gate(world, "ollama.load", "during")
+    first = in_thread(manager.set_execution_mode, "recording")
+    gate.wait()
+    second = in_thread(manager.set_execution_mode, "autopilot")
+    with pytest.raises(TimeoutError):
+        second.result(0.3)
+    assert (world.ollama.loading() is not None, world.clip.place) == (True, "cpu")
+    gate.open()
+    assert first.result(PATIENCE_S).granted
+    assert second.result(PATIENCE_S).granted
+    journal_is_whole(manager)
+    assert (world.vlm_resident(), world.clip.place) == (False, "gpu")
+
+
+@pytest.mark.parametrize("newer", ["idle", "autopilot", "recording"])
+def test_a_preempting_request_ends_a_load_only_where_it_has_no_use_for_it(newer: str) -> None:
+    """RECORDING goes on with the load that is running; the others would wait for nothing."""
+    world = SimulatedWorld(vlm_load_s=100.0)
+    manager = inline(world)
+    asked: list[Any] = []
+    world.clock.after(10.0, lambda: asked.append(manager.submit_execution_mode(newer, preempt=True)))
+    older = manager.submit_execution_mode("recording")
+    manager.drive_for(130.0)
+    assert isinstance(older.exception(0), Superseded)
+    assert asked[0].result(0).granted
+    (load, *more) = [entry for entry in world.ollama.log if entry.op == "ollama.load"]
+    assert more == []
+    assert load.ended_at is not None
+    assert (load.ended_at - load.at >= 100.0) == (newer == "recording")
+    assert world.vlm_resident() == (newer == "recording")

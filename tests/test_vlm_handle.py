@@ -13,6 +13,8 @@ from gpu_fsm.status import State
 from tests.ollama_clients import PNG
 from tests.worlds import inline
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture
 def seen() -> list[tuple[str, list[bytes]]]:
@@ -126,3 +128,30 @@ def test_an_answer_that_takes_too_long_is_given_up(world: SimulatedWorld) -> Non
             vlm.generate("x", timeout_s=3)
         assert world.ollama.running() == 0
     assert world.vlm_resident()
+
+
+def test_a_vlm_that_was_taken_away_is_not_asked(world: SimulatedWorld, seen: list[Any]) -> None:
+    """An emergency may unload it under its lease; a prompt would bring it back onto the full card."""
+    manager = inline(world, floor_mib=200.0, pressure_s=1.0, check_interval_s=1.0)
+    manager.set_execution_mode("recording")
+    with manager.vlm() as vlm:
+        world.card.take("game", world.card.free_mib - 50.0)
+        manager.drive_for(30.0)
+        assert not world.vlm_resident()
+        for ask in (lambda: vlm.generate("x"), lambda: vlm.chat([{"role": "user", "content": "x"}])):
+            with pytest.raises(LeaseLost):
+                ask()
+    assert seen == []
+    assert not world.vlm_resident()
+
+
+def test_a_lease_outlives_ollamas_own_timer_and_brings_nothing_back(world: SimulatedWorld) -> None:
+    """The renewal keeps the VLM in; where another client has taken it out meanwhile, no renewal loads it again."""
+    manager = inline(world, idle_timeout_s=40.0, check_interval_s=1000.0)
+    manager.set_execution_mode("recording")
+    with manager.vlm():
+        manager.drive_for(300.0)
+        assert world.vlm_resident()
+        world.ollama.foreign_unload(world.vlm.name)
+        manager.drive_for(300.0)
+        assert not world.vlm_resident(), "the next check is for that"

@@ -27,6 +27,8 @@ from tests.tools.fake_nvml import FakeNVML
 UNINITIALIZED, NOT_SUPPORTED, NO_PERMISSION, DRIVER_NOT_LOADED = 1, 3, 4, 9
 LIBRARY_NOT_FOUND, GPU_IS_LOST, LIB_RM_VERSION_MISMATCH, UNKNOWN = 12, 15, 18, 999
 
+pytestmark = pytest.mark.core
+
 needs_gcc = building.needs(fake_nvml.missing())
 
 

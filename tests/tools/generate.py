@@ -12,6 +12,7 @@ from gpu_fsm import diagrams
 from gpu_fsm.appconfig import app_settings_table
 from gpu_fsm.cli import EXIT_CODES
 from gpu_fsm.states import PROMISES
+from tests import reliability
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,6 +45,7 @@ def readme(text: str) -> str:
         "promises": _promises(),
         "settings": _settings(),
         "exit codes": _exit_codes(),
+        "reliability": reliability.table(reliability.Ledger.read(reliability.FILE)),
     }
     for name, content in sections.items():
         begin, end = f"<!-- generated: {name} -->", "<!-- end -->"
