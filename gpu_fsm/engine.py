@@ -1039,7 +1039,8 @@ class Engine:
     def _next_try(self) -> float:
         delay = min(self.config.recover_cap_s, self.config.recover_base_s * 2.0 ** min(self._attempt, 30))
         self._attempt += 1
-        return self._clock.monotonic() + delay
+        # Not long after the moment from which a load may be tried again.
+        return min(self._clock.monotonic() + delay, self._observer.doubts_until)
 
     # --- Words ---
 

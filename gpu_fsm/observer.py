@@ -265,6 +265,13 @@ class Observer:
             until = self._clock.monotonic() + self._config.recover_cap_s
             self._raised = (before.free_mib - self._config.reserve_mib + 1.0, until)
 
+    @property
+    def doubts_until(self) -> float:
+        """When a load that found no room is no longer believed; infinite where none is."""
+        if self._raised is None or self._raised[1] <= self._clock.monotonic():
+            return float("inf")
+        return self._raised[1]
+
     def loaded(self, before: VRAMInfo, model: LoadedModel | None) -> None:
         """A load of ours ended well: keep what it took, where the driver's bytes and Ollama's word are of one mind."""
         self.vlm_ours = True

@@ -871,6 +871,19 @@ def test_a_degraded_manager_that_waits_to_close_does_not_recover_first() -> None
     assert "recover" not in [record.row for record in manager.journal][moves:]
 
 
+def test_a_load_that_found_no_room_is_tried_again_when_it_is_no_longer_believed() -> None:
+    """L2: not at the end of a pause that began just before; the mode is back within back-off cap, load and 5 s."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, recover_cap_s=20.0)
+    manager.set_execution_mode("autopilot")
+    world.faults.arm("ollama.load", "partial", 2)
+    assert not manager.set_execution_mode("recording").granted
+    world.faults.heal()
+    manager.drive_for(manager.config.recover_cap_s + world.vlm.load_s + 5)
+    assert manager.get_status().state is State.RECORDING
+    assert world.vlm_resident()
+
+
 def test_a_partial_load_is_not_taken_out_under_a_lease_that_believes_in_it() -> None:
     """The lease is older than the load: Ollama was restarted under it.  Its holder is told."""
     world = SimulatedWorld()
