@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from gpu_fsm import diagrams
 from gpu_fsm.cardlock import CardLock
 from gpu_fsm.control import LINE_BYTES, ControlServer
-from gpu_fsm.errors import ConfigError, GPUFSMError, OllamaUnavailable
+from gpu_fsm.errors import CardHeld, ClipUnavailable, ConfigError, GPUFSMError, OllamaUnavailable
 from gpu_fsm.settings import GPUResourceConfig, load_config
 from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.status import Answer
@@ -357,6 +357,32 @@ def test_a_model_that_brings_its_own_program_is_not_run(tmp_path: Path) -> None:
     spoilt("mapped", mapped)
 
 
+@pytest.mark.needs_torch
+def test_clip_opens_no_pickle_and_takes_no_text_for_a_file(tmp_path: Path) -> None:
+    """Weights that could run code are refused unasked; words that name a file stay words, in their place."""
+    import numpy as np
+    from PIL import Image
+
+    from gpu_fsm.clip import CLIPManager
+    from tests.tools import tiny_clip
+
+    pickled = tiny_clip.build(tmp_path / "pickled", safetensors=False)
+    with pytest.raises(ClipUnavailable, match="allow_pickle_weights"):
+        CLIPManager(GPUResourceConfig(clip_model=str(pickled), clip_device="cpu")).prepare()
+    safe = tiny_clip.build(tmp_path / "safe")
+    host = CLIPManager(GPUResourceConfig(clip_model=str(safe), clip_device="cpu"))
+    picture = tmp_path / "screen.png"
+    Image.new("RGB", (32, 32), "blue").save(picture)
+    items = [picture, str(picture), "a window", picture]
+    together = host.encode(items)
+    alone = np.concatenate([host.encode([item]) for item in items])
+    assert np.allclose(together, alone, atol=1e-5)
+    assert np.allclose(together[0], together[3], atol=1e-6)
+    picture.unlink()
+    assert np.allclose(host.encode([str(picture)])[0], together[1], atol=1e-6)
+    host.close()
+
+
 def npy(shape: tuple[int, ...], data: bytes = b"") -> bytes:
     """An array of float32 as a file whose header may lie."""
     import numpy as np
@@ -535,6 +561,23 @@ def test_a_name_that_is_markup_reaches_no_diagram() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="this system has no such permissions")
+def test_the_card_has_one_holder_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes second is refused until the first has let go, and then has it."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    first, second = CardLock(), CardLock()
+    first.watch("GPU-security")
+    first.permit()
+    second.watch("GPU-security")
+    assert str(os.getpid()) in second.held_by
+    with pytest.raises(CardHeld):
+        second.permit()
+    first.close()
+    second.permit()
+    assert second.held_by == ""
+    second.close()
+
+
 @row("S12-lock")
 def test_the_lock_follows_no_link_and_uses_no_open_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies where the lock should be is not written through; files and folder are the user's alone."""
@@ -597,7 +640,7 @@ def test_importing_any_module_calls_nobody() -> None:
 QUESTIONS = {
     "another protocol": b'{"protocol": 2, "do": "status"}',
     "no protocol": b'{"do": "status"}',
-    "a line without end": b'{"protocol": 1, "do": "status"' + b" " * LINE_BYTES,
+    "a line without end": b'{"protocol": 1, "do": "status"' + b" " * LINE_BYTES + b"}",
     "no JSON": b"status",
     "depth": b"[" * 10_000,
     "a list": b'["status"]',

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import Future
 from typing import Any
 
@@ -69,6 +69,36 @@ def test_many_threads_post_and_every_ticket_has_a_number_of_its_own() -> None:
     numbers = [number for thread in threads for number in thread.result(PATIENCE_S)]
     assert sorted(numbers) == list(range(1, 1601))
     assert len(mailbox.take()) == 1600
+
+
+@pytest.mark.parametrize("moment", ["append", "popleft"])
+@pytest.mark.parametrize("preempt", [False, True])
+def test_a_signal_handler_may_post_while_its_thread_does(moment: str, preempt: bool) -> None:
+    """It comes in the middle of a post: neither waits for the other, and each request is served or superseded."""
+    mailbox = Mailbox()
+    older, ours, handlers = request(), request(preempt=True), request(preempt=preempt)
+    mailbox.post(older)
+    thrown_out: list[Ticket] = []
+
+    class Struck(deque[Ticket]):
+        def _strike(self, method: str) -> None:
+            if method == moment and not handlers.seq:
+                thrown_out.extend(mailbox.post(handlers))
+
+        def append(self, ticket: Ticket) -> None:
+            super().append(ticket)
+            self._strike("append")
+
+        def popleft(self) -> Ticket:
+            ticket = super().popleft()
+            self._strike("popleft")
+            return ticket
+
+    mailbox._queue = Struck(mailbox._queue)
+    thrown_out.extend(in_thread(mailbox.post, ours).result(PATIENCE_S))
+    served = mailbox.take()
+    assert sorted(map(id, (*served, *thrown_out))) == sorted(map(id, (older, ours, handlers)))
+    assert mailbox.take() == ()
 
 
 def test_a_ticket_is_answered_once() -> None:

@@ -155,3 +155,4 @@ def test_a_lease_outlives_ollamas_own_timer_and_brings_nothing_back(world: Simul
         world.ollama.foreign_unload(world.vlm.name)
         manager.drive_for(300.0)
         assert not world.vlm_resident(), "the next check is for that"
+    assert [entry.op for entry in world.ollama.log if entry.client == "us"].count("ollama.load") == 1

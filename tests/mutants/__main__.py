@@ -7,7 +7,7 @@ A mutant is a small patch against `gpu_fsm` in this folder; its header says what
     Invariant: S3, L1
     Breaks: Nobody waits for the card after an unload.
 
-`Property` and `Invariant` (DESIGN's numbers) are for those that break one of them, `Area` names the tests to run: those
+`Property` and `Invariant` (numbered as in `tests/test_properties.py` and `gpu_fsm/testing/oracle.py`) are for those that break one of them, `Area` names the tests to run: those
 marked `core` in the files of `AREAS`.  `Equivalent: reason` says why nobody can notice.
 
 Each is applied to a copy of the tree, where the tests run in a process forked from this one, without shrinking, until
@@ -33,7 +33,7 @@ from typing import Any
 
 from attrs import asdict, frozen
 
-from tests.mutants.run import Job, Ran, run_all
+from tests.mutants.run import EVERY_FILE, Job, Ran, run_all
 
 FOLDER = Path(__file__).parent
 PROPERTIES = tuple(str(number) for number in range(1, 14))
@@ -57,7 +57,7 @@ _ENGINE = (
 AREAS: dict[str, tuple[str, ...]] = {
     "agent": ("tests/test_agent.py", "tests/test_memory_model.py", "tests/test_security.py"),
     "cardlock": ("tests/test_cardlock.py", "tests/test_security.py"),
-    "clip": ("tests/test_clip.py", "tests/test_card_rows.py", "tests/test_properties.py"),
+    "clip": ("tests/test_clip.py", "tests/test_security.py", "tests/test_card_rows.py", "tests/test_properties.py"),
     "control": ("tests/test_control.py", "tests/test_security.py"),
     "engine": _ENGINE,
     "gateway": ("tests/test_gateway_security.py", "tests/test_gateway.py", "tests/test_gateway_leases.py"),
@@ -72,10 +72,10 @@ AREAS: dict[str, tuple[str, ...]] = {
         "tests/test_properties.py",
     ),
     "settings": ("tests/test_settings.py", "tests/test_security.py", "tests/test_reconfigure.py"),
-    "vram": ("tests/test_vram.py", "tests/test_cardlock.py", "tests/test_doctor.py", "tests/test_card_rows.py"),
+    "vram": ("tests/test_vram.py", "tests/test_card_status.py", "tests/test_cardlock.py", "tests/test_doctor.py"),
 }
 """The files that judge each part, the quick ones first."""
-NEEDS_TORCH = frozenset({"clip", "vram"})
+NEEDS_TORCH = frozenset({"clip"})
 
 
 @frozen
@@ -149,7 +149,7 @@ def job_of(mutant: Mutant | None, area: str, options: argparse.Namespace) -> Job
         only=only,
         torch=area in NEEDS_TORCH,
         examples=examples,
-        enough_files=10**6 if options.all or mutant is None else enough,
+        enough_files=EVERY_FILE if options.all or mutant is None else enough,
     )
 
 
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--properties", action="store_true", help="is each property's mutant killed by its own test?")
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="so many at a time")
     parser.add_argument("--trusting", action="store_true", help="do not run the tests without any mutant first")
-    parser.add_argument("--all", action="store_true", help="run every test: all killers, not the first two")
+    parser.add_argument("--all", action="store_true", help="run every test: all killers, not one of each of two files")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parser.add_argument("--tests", metavar="PATH", nargs="+", help="other test files than the area's")
     options = parser.parse_args(arguments)
