@@ -4,6 +4,7 @@ Start with `GPUResourceManager`.  To understand the package, read `states.py` fi
 
 The map: imports point up this list only, from a later line to an earlier one; files on one line do not know each other.
 
+forking - whether CUDA was there before a fork
 errors - exceptions with facts as attributes
 status - the words of the domain, and what is
 events - what happened
@@ -43,6 +44,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gpu_fsm import forking as forking  # notes what a child cannot find out any more
+
 if TYPE_CHECKING:
     from gpu_fsm.errors import GPUFSMError
     from gpu_fsm.events import Event
@@ -80,14 +83,16 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for, when it is: a command that is interrupted before that ends in one line."""
-    for home, names in _HOMES.items():
-        if name in names:
-            value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for something that is there
+
+    def __getattr__(name: str) -> Any:
+        """Import what is asked for, when it is: a command that is interrupted before that ends in one line."""
+        for home, names in _HOMES.items():
+            if name == home or name in names:
+                module = importlib.import_module(f"{__name__}.{home}")
+                globals()[name] = value = module if name == home else getattr(module, name)
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

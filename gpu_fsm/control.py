@@ -30,7 +30,7 @@ from attrs import define
 
 from gpu_fsm.arguments import as_mode, as_timeout
 from gpu_fsm.cardlock import runtime_folder, runtime_folders
-from gpu_fsm.errors import BadArgument, Bucket, GPUFSMError, ManagerClosed, OperationTimeout, one_line
+from gpu_fsm.errors import BadArgument, Bucket, GPUFSMError, ManagerClosed, OperationTimeout, Superseded, one_line
 from gpu_fsm.events import Event
 from gpu_fsm.status import ExecutionMode, GPUResourceStatus, plain
 from gpu_fsm.tickets import Outcome
@@ -124,6 +124,8 @@ class ControlServer:
         self._on_mode = on_mode
         self._on_reload = on_reload
         self._doing = doing or str
+        self._wishing = threading.Lock()
+        self._wished: ExecutionMode | None = None
         self._ready = threading.Event()
         if not starting:
             self._ready.set()
@@ -149,13 +151,13 @@ class ControlServer:
             if self._closed:
                 return
             self._closed = True
-            clients, followers = tuple(self._clients), tuple(self._followers)
+            clients = tuple(self._clients)
+            for follower in self._followers:
+                follower.end()
         self._unsubscribe()
         self._ready.set()
         with contextlib.suppress(OSError):
             self.path.unlink()
-        for follower in followers:
-            follower.end()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._socket.close()
@@ -236,10 +238,7 @@ class ControlServer:
                 mode, preempt = _mode(question), question.get("preempt", False)
                 if not isinstance(preempt, bool):
                     raise BadArgument(detail="preempt is neither true nor false")
-                timeout_s = _timeout(question)
-                if not self._ready.is_set():
-                    self._tell_mode(mode)
-                    timeout_s = self._await_start(timeout_s)
+                timeout_s = self._begin_with(mode, _timeout(question))
                 try:
                     outcome = manager.set_execution_mode(mode, preempt=preempt, timeout_s=timeout_s)
                 except OperationTimeout:
@@ -259,8 +258,7 @@ class ControlServer:
             case "reload":
                 if self._on_reload is None:
                     raise BadArgument(detail="this program has no settings to read again", remedy="Start it again.")
-                if not self._ready.is_set():
-                    raise OperationTimeout(detail=f"it is still starting: {self._doing()}", remedy="Ask again later.")
+                self._await_start(0.0)
                 return dict(self._on_reload())
             case other:
                 raise BadArgument(
@@ -268,14 +266,23 @@ class ControlServer:
                     remedy="Ask for status, explain, events, mode, vlm_load, vlm_unload or reload.",
                 )
 
+    def _begin_with(self, mode: ExecutionMode, timeout_s: float | None) -> float | None:
+        """Let a program that is starting begin with this mode, and wait for it; returns what is left of the time."""
+        if self._ready.is_set():
+            return self._await_start(timeout_s)
+        with self._wishing:
+            self._wished = mode
+            self._tell_mode(mode)
+        timeout_s = self._await_start(timeout_s)
+        if mode is not self._wished:  # threads that wait wake in any order, and the last word must be the last one's
+            raise Superseded(detail="another mode was asked for while it was starting", remedy="Ask again.")
+        return timeout_s
+
     def _await_start(self, timeout_s: float | None) -> float | None:
         """Wait until the program is ready; returns what is left of the time."""
         begun = time.monotonic()
         if not self._ready.wait(timeout_s):
-            raise OperationTimeout(
-                detail=f"no answer within {timeout_s:g} s: it is still starting: {self._doing()}",
-                remedy="Ask again later.",
-            )
+            raise OperationTimeout(detail=f"it is still starting: {self._doing()}", remedy="Ask again later.")
         if self._closed:
             raise ManagerClosed(detail="the manager has closed")
         return None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - begun))
@@ -288,11 +295,12 @@ class ControlServer:
 
     def _hear(self, event: Event) -> None:
         told = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds"), **event.to_dict()}
-        with self._lock:
+        with self._lock:  # what one is told all are, also where the end comes at the same moment
+            if self._closed:
+                return
             self._history.append(told)
-            followers = tuple(self._followers)
-        for follower in followers:
-            follower.put(told)
+            for follower in self._followers:
+                follower.put(told)
 
     def _follow(self, client: socket.socket, answer: Mapping[str, Any]) -> None:
         follower = _Follower()

@@ -52,18 +52,18 @@ class Loan:
     """To ask for again: what was last asked for before the card was lent, or meanwhile, which can only be IDLE."""
 
 
-_making_room: ContextVar[int] = ContextVar("making_room", default=0)
-"""In how many blocks of `making_room` the code is; they may end in any order, and in other tasks than they began in."""
+_making_room: ContextVar[frozenset[Loan]] = ContextVar("making_room", default=frozenset())
+"""Whose blocks of `making_room` the code is in; some may be over: a task that was begun in one, or ended another's."""
 
 
 @contextlib.contextmanager
-def making_room() -> Iterator[None]:
+def making_room(loan: Loan) -> Iterator[None]:
     """Requests from inside the block make room for a borrower, and say nothing of what should come back."""
-    _making_room.set(_making_room.get() + 1)
+    _making_room.set(_making_room.get() | {loan})
     try:
         yield
     finally:
-        _making_room.set(max(0, _making_room.get() - 1))
+        _making_room.set(_making_room.get() - {loan})
 
 
 class Driver:
@@ -159,15 +159,16 @@ class Driver:
     def lend(self, holder: str) -> Iterator[Loan]:
         """Let nobody take room on the card while the block runs; what is there stays."""
         self.check_usable()
-        with self._post_lock:
-            newest = self._newest_request
-            on_its_way = None if newest is None or newest.future.done() else newest.mode
-            if self._owed is None:
-                self._owed = self.engine.asked_mode if on_its_way is None else on_its_way
-            loan = Loan(holder, self._owed)
-            self._loans = (*self._loans, loan)
-        try:
-            with making_room():
+        loan = Loan(holder, ExecutionMode.IDLE)
+        try:  # already here, for a Ctrl-C before the block begins
+            with self._post_lock:
+                newest = self._newest_request
+                on_its_way = None if newest is None or newest.future.done() else newest.mode
+                if self._owed is None:
+                    self._owed = self.engine.asked_mode if on_its_way is None else on_its_way
+                loan.mode = self._owed
+                self._loans = (*self._loans, loan)
+            with making_room(loan):
                 yield loan
         finally:
             with self._post_lock:
@@ -182,7 +183,8 @@ class Driver:
             raise errors.CardHeld(
                 detail=f"the card is lent to {names}", remedy="Ask again when it has been given back.", name=names
             )
-        if ticket.mode is not None and ticket.kind == "request" and not _making_room.get():
+        makes_room = not _making_room.get().isdisjoint(self._loans)
+        if ticket.mode is not None and ticket.kind == "request" and not makes_room:
             self._newest_request = ticket
             self._owed = ticket.mode if self._loans else None
             for loan in self._loans:
@@ -343,10 +345,13 @@ class Driver:
         engine = self.engine
         if self.closed:
             return False
-        if self._new_config is not None:
+        new = self._new_config
+        if new is not None:
+            self.config = new
+            engine.reconfigure(new)  # once more where a Ctrl-C cuts it off
             with self._post_lock:
-                self.config, self._new_config = self._new_config, None
-            engine.reconfigure(self.config)
+                if self._new_config is new:
+                    self._new_config = None
             return True
         if self._reports:
             engine.fault(self._reports.pop(0))

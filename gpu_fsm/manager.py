@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from gpu_fsm.cardlock import CardLock
 from gpu_fsm.driver import Driver, Listener, Loan
 from gpu_fsm.engine import JournalRecord
 from gpu_fsm.events import KINDS, Event
+from gpu_fsm.forking import Fork
 from gpu_fsm.handles import CLIP, VLM
 from gpu_fsm.leases import forget, remember
 from gpu_fsm.ports import CLIPHost, Clock, NoCLIP, RealClock, VLMServer, VRAMProbe
@@ -60,8 +60,6 @@ class GPUResourceManager:
 
     _shared: ClassVar[GPUResourceManager | None] = None
     _shared_lock: ClassVar[threading.Lock] = threading.Lock()
-    _cuda_in_parent: ClassVar[bool] = False
-    _cuda_before_fork: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -349,7 +347,7 @@ class GPUResourceManager:
         """The process-wide manager, made at the first call.  A forked child gets its own."""
         with cls._shared_lock:
             if cls._shared is None:
-                if cls._cuda_before_fork:
+                if Fork.cuda_before:
                     raise errors.ForkedProcess(
                         detail="CUDA was initialised before the fork, and does not survive one",
                         remedy="Start workers with the spawn method, or fork before the first use of the GPU.",
@@ -438,18 +436,11 @@ def _close_at_exit(manager: GPUResourceManager) -> None:
         manager.close()
 
 
-def _note_cuda() -> None:
-    """Before a fork: whether the child would inherit an initialised CUDA, which does not survive that."""
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)
-    GPUResourceManager._cuda_in_parent = bool(cuda is not None and cuda.is_initialized())
-
-
 def _start_anew() -> None:
     """In a forked child: nothing of the parent's is ours."""
     GPUResourceManager._shared = None
     GPUResourceManager._shared_lock = threading.Lock()
-    GPUResourceManager._cuda_before_fork = GPUResourceManager._cuda_in_parent
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_note_cuda, after_in_child=_start_anew)
+    os.register_at_fork(after_in_child=_start_anew)

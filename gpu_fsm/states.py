@@ -192,8 +192,3 @@ TABLE: tuple[Row, ...] = (
     _row("recover-dropped", "recover", STANDING, None, "", "note", "nothing to recover"),
 )
 # fmt: on
-
-
-def rows(state: State, trigger: str) -> tuple[Row, ...]:
-    """The rows of a (state, trigger) pair, in order of precedence."""
-    return tuple(row for row in TABLE if row.trigger == trigger and state in row.sources)

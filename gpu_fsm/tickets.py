@@ -105,7 +105,7 @@ class Mailbox:
     """First in, first out; a preempting ticket throws out what was asked before it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may post while its thread does
         self._queue: deque[Ticket] = deque()
         self._last = 0
         self._closed = False
@@ -125,13 +125,13 @@ class Mailbox:
             self._closed = ticket.kind == "close"
             self._last += 1
             ticket.seq = self._last
-            superseded: Group = ()
+            superseded: list[Ticket] = []
             if ticket.preempt:
-                superseded = tuple(self._queue)
-                self._queue.clear()
+                while self._queue:  # one by one: what a signal handler posts in between is not lost
+                    superseded.append(self._queue.popleft())
                 self.newest_preempt = ticket.seq
             self._queue.append(ticket)
-            return superseded
+            return tuple(superseded)
 
     def take(self) -> Group:
         """Take the oldest ticket with its equal neighbours; empty if there is none."""

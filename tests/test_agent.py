@@ -1066,6 +1066,87 @@ def test_idle_pauses_the_agent_and_frees_the_card(caplog: pytest.LogCaptureFixtu
     assert not caplog.records
 
 
+@pytest.mark.parametrize("awaits", [False, True])
+def test_a_screen_that_comes_in_a_pause_is_handled_after_it(awaits: bool) -> None:
+    """IDLE was asked for while the source waited: it is not lost, and no model is asked before another mode is."""
+    told: list[object] = []
+
+    def pause(begins: bool) -> None:
+        told.append(begins)
+        if begins:
+            in_thread(loop.follow, ExecutionMode.RECORDING)
+
+    def slow() -> Iterator[Screen]:
+        loop.follow(ExecutionMode.IDLE)  # another thread does
+        yield screen("r")
+
+    def work() -> None:
+        if awaits:
+            asyncio.run(loop.arun(ExecutionMode.AUTOPILOT, slow()))
+        else:
+            loop.run(ExecutionMode.AUTOPILOT, slow())
+
+    with threaded(SimulatedWorld(responder=lambda *_: says("red"))) as manager:
+        loop = ExecutionLoop(
+            manager,
+            UIDetector(manager),
+            FusionEngine(LIMITS),
+            on_step=lambda step: told.append((step.mode, step.result)),
+            on_pause=pause,
+        )
+        work()
+    assert told == [True, False, (ExecutionMode.RECORDING, "recorded")]
+
+
+def test_a_pause_begins_on_a_screen_where_nothing_moves() -> None:
+    """The live source lets it between two looks; a signal then still ends the waiting at once."""
+    told: list[bool] = []
+    looks: list[float] = []
+
+    def pause(begins: bool) -> None:
+        told.append(begins)
+        if begins:
+            threading.Timer(0.05, loop.follow, [ExecutionMode.AUTOPILOT]).start()
+
+    def every_s() -> float:
+        looks.append(time.monotonic())
+        if len(looks) < 2:
+            return 0.0
+        assert len(looks) == 2, "the waiting was not ended"
+        loop.follow(ExecutionMode.IDLE)
+        loop.rest()
+        threading.Timer(0.02, send, [signal.SIGTERM]).start()
+        return 20.0
+
+    loop = loop_with(StandIn(says("red")), on_pause=pause)
+    begun = time.monotonic()
+    loop.run(ExecutionMode.AUTOPILOT, live(every_s=every_s, grab=lambda: Image.new("RGB", (8, 8), RED)))
+    assert told == [True, False]
+    assert time.monotonic() - begun < 10.0
+
+
+def test_idle_asked_for_once_more_frees_the_card_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode and IDLE right behind it may pass between two looks of a pause; what was loaded for it must not stay."""
+    world = SimulatedWorld(responder=lambda *_: says("red"))
+    held: list[bool] = []
+
+    async def rest(_: object, __: float) -> None:
+        held.append(bool(world.vlm_held_mib()))
+        if len(held) == 1:
+            for mode in ExecutionMode.RECORDING, ExecutionMode.IDLE:
+                manager.set_execution_mode(mode)
+                loop.follow(mode)
+            assert world.vlm_held_mib()
+        else:
+            loop.stop()
+
+    monkeypatch.setattr("gpu_fsm.agent.doors.BlockingDoor.rest", rest)
+    with inline(world) as manager:
+        loop = ExecutionLoop(manager, UIDetector(manager), FusionEngine(LIMITS))
+        assert loop.run(ExecutionMode.IDLE, [screen("r")]) == (), "a stop ends a pause without another screen"
+    assert held == [False, False]
+
+
 def test_idle_pauses_an_agent_under_asyncio_too() -> None:
     """The event loop goes on meanwhile; a source that waits is not asked."""
     world = SimulatedWorld(responder=lambda *_: says("red"))

@@ -22,7 +22,7 @@ from gpu_fsm.errors import BadArgument
 from gpu_fsm.events import StateChanged
 from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.testing.stateful import inline_manager
-from tests.waiting import until
+from tests.waiting import in_thread, until
 
 MIB = 1 << 20
 
@@ -159,6 +159,34 @@ def test_settings_that_are_read_again_reach_an_agent_at_work() -> None:
     detector = loop._detector
     assert (detector.largest_side, detector.timeout_s, detector.cache_size) == (64, 5.0, 2)
     assert (loop.memory.weights.text, program._agent.interval_s) == (0.5, 9.0)
+
+
+def test_settings_that_do_not_fit_the_model_change_nothing() -> None:
+    """`accept` alone is sound, and below the model's own `unsure`: what was changed with it stays as it was, too."""
+    with inline_manager(SimulatedWorld()) as manager:
+        config = AppConfig(gpu=manager.config)
+        newer = AppConfig(gpu=manager.config, agent=AgentConfig(accept=0.5, interval_s=9.0))
+        program = running._Program(config, Board(), Stopper(), lambda: newer)
+        program._made(manager, FusionEngine())
+        with pytest.raises(BadArgument, match="unsure"):
+            program._read_again()
+    assert program._interval_s() == config.agent.interval_s
+
+
+def test_the_live_screen_asks_for_its_pause_and_so_lets_a_pause_begin() -> None:
+    """Where nothing moves no screen comes before which the agent could look."""
+    world = SimulatedWorld()
+    with inline_manager(world) as manager:
+        program = running._Program(AppConfig(gpu=manager.config), Board(), Stopper(), AppConfig)
+        program._loop = loop = program._made(manager, FusionEngine())
+        manager.ensure_vlm_loaded()
+        assert world.vlm_held_mib()
+        loop.follow(ExecutionMode.IDLE)
+        ask = in_thread(program._interval_s)
+        until(lambda: not world.vlm_held_mib())
+        assert not ask.done()
+        loop.follow(ExecutionMode.AUTOPILOT)
+        assert ask.result(10.0) == 1.0
 
 
 def test_a_memory_that_cannot_be_saved_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

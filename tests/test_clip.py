@@ -858,6 +858,7 @@ def test_a_download_tells_its_progress_in_the_log_and_leaves_the_terminal_alone(
     assert lines[1:] == [f"CLIP's weights: {10 * tenth} % of 600 MiB fetched" for tenth in range(1, 11)]
     assert capfd.readouterr() == ("", "")
 
+
 def test_a_download_that_grows_while_it_goes_on_is_told_to_its_end(caplog: pytest.LogCaptureFixture) -> None:
     """The hub counts all files in one bar, whose size grows with each file that begins."""
     bar = clip_module._logged_progress()(total=4 << 20, unit="B")
@@ -871,7 +872,6 @@ def test_a_download_that_grows_while_it_goes_on_is_told_to_its_end(caplog: pytes
     assert said[0] == "CLIP's weights: 100 % of 4 MiB fetched"
     assert said[-1] == "CLIP's weights: 100 % of 604 MiB fetched"
     assert len(said) == 7
-
 
 
 @needs_device

@@ -160,6 +160,21 @@ def test_a_program_that_ends_before_it_has_started_lets_everybody_go(bench: Benc
     assert bench.manager.get_status().asked_mode is ExecutionMode.IDLE
 
 
+def test_the_last_of_those_who_ask_while_it_starts_is_heard(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whichever of them wakes first; one that was overruled is told, and who wanted the same as the last is served."""
+    with starting(bench) as server:
+        asking = []
+        for number, mode in enumerate(("recording", "idle", "recording"), 1):
+            asking.append(in_thread(main, ["mode", mode]))
+            until(lambda number=number: len(bench.followed) == number)
+        server.started()
+        answers = [let_time_pass(bench.world, each) for each in asking]
+        assert answers == [ExitCode.FINE, ExitCode.REFUSED, ExitCode.FINE]
+        assert "another mode was asked for" in capsys.readouterr().err
+    assert bench.manager.get_status().state is State.RECORDING
+    assert bench.followed[-1] is ExecutionMode.RECORDING
+
+
 def test_a_program_that_starts_reads_no_settings_again(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     """What they are for is not there yet."""
     bench.server.close()

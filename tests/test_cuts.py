@@ -175,6 +175,23 @@ def test_a_ctrl_c_on_the_way_into_any_function_loses_nothing(
     assert cuts > 0.9 * len(points)
 
 
+def test_a_ctrl_c_while_settings_change_leaves_no_two_opinions() -> None:
+    """What was to hold holds everywhere after the next drive, wherever the first one was cut off."""
+    at, points, cuts = -1, 0, 0
+    while at < points:
+        manager, cut = inline_manager(SimulatedWorld()), Cut(at)
+        manager.drive_for(1)
+        manager.reconfigure(reserve_mib=777)
+        cuts += cut.run(lambda manager=manager: manager.drive_for(0))  # type: ignore[misc]
+        points = len(cut.places) if at < 0 else points
+        manager.drive_for(0)
+        engine = manager._driver.engine
+        opinions = (manager.config, engine.config, engine._steps._config, engine._observer._config)
+        assert [config.reserve_mib for config in opinions] == [777] * 4, cut.places[at]
+        at += 1
+    assert cuts > 10
+
+
 def is_whole(story: Story, where: Place) -> None:
     """Nothing is lost."""
     manager, world = story.manager, story.world

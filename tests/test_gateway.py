@@ -39,6 +39,8 @@ from gpu_fsm.appconfig import GatewayConfig
 from gpu_fsm.gateway.serve import Gateway
 from gpu_fsm.simulation import RunningClock, SimulatedProbe
 from tests.gateways import EMBEDDER, OTHER, VLM, Street, street
+from tests.raw_server import http as answering
+from tests.raw_server import serving
 from tests.waiting import PATIENCE_S, ROOT, in_thread, until
 
 PROMPT = {"model": VLM, "prompt": "hi", "stream": False}
@@ -132,7 +134,6 @@ def test_every_route_answers_as_ollama_does(world: Street) -> None:
     until(lambda: world.leases() == ())
 
 
-@pytest.mark.core
 def test_a_request_in_parts_arrives_whole(world: Street) -> None:
     """Of unknown length, as programs send what they make while they send it."""
     gateway = world.gateway()
@@ -145,6 +146,7 @@ def test_a_request_in_parts_arrives_whole(world: Street) -> None:
         assert seen[0].content == seen[1].content
 
 
+@pytest.mark.core
 def test_health_and_lists_neither_wake_the_model_nor_reset_its_timer(world: Street) -> None:
     """Also while it is in: its idle deadline stays where it was."""
     gateway = world.gateway()
@@ -213,6 +215,16 @@ def test_a_gateway_that_is_told_to_relay_to_itself_says_so(listen: str) -> None:
     with GPUResourceManager(config, vram_probe=SimulatedProbe(clock=RunningClock(), card=None)) as manager:
         with pytest.raises(errors.BadArgument, match="where it is told that Ollama is"):
             Gateway(manager, here)
+
+
+def test_any_free_port_is_not_the_one_that_goes_without_saying() -> None:
+    """Ollama behind a web server at port 80, and a gateway at port 0, which is none."""
+    config = GPUResourceConfig(ollama_url="http://127.0.0.1", vlm_model=VLM, clip_model=None)
+    with (
+        GPUResourceManager(config, vram_probe=SimulatedProbe(clock=RunningClock(), card=None)) as manager,
+        Gateway(manager, GatewayConfig(listen="127.0.0.1:0")) as gateway,
+    ):
+        assert gateway.port
 
 
 # --- clients that leave -----------------------------------------------------------------------------------------------
@@ -682,3 +694,89 @@ def test_the_command_serves_is_controlled_and_ends_on_sigterm(tmp_path: Path) ->
             assert gateway.wait(PATIENCE_S) == 0
             assert time.monotonic() - began < 10.0
             assert httpx.get(f"{ollama_url}/api/ps", trust_env=False).json() == {"models": []}
+
+
+# --- in short: what each of its parts has tests of its own for -------------------------------------------------------
+
+
+@pytest.mark.core
+def test_what_would_undo_the_managers_work_is_put_right_on_the_way() -> None:
+    """An unload is the manager's, keep_alive and options are its own, and what could be read in two ways is refused."""
+    with street(vlm_options={"num_ctx": 4096}) as world:
+        url = f"{world.gateway().url}/api/generate"
+        world.manager.set_execution_mode("recording")
+        assert post(url, {"model": VLM, "keep_alive": 0}).json()["done_reason"] == "unload"
+        hold = world.manager.get_status().hold
+        assert (world.resident, hold and hold.value) == (False, "parked")
+        assert post(url, {**PROMPT, "keep_alive": -1}).status_code == 200
+        body = [entry.body for entry in world.ollama.log if entry.op == "ollama.generate"][-1]
+        config = world.manager.config
+        assert body["keep_alive"] == config.idle_timeout_s + config.keep_alive_margin_s
+        assert body["options"] == {"num_ctx": 4096}
+        asked = world.asked("/api/generate")
+        twice = json.dumps({"model": OTHER, "Model": VLM, "prompt": "hi"})
+        assert httpx.post(url, content=twice, trust_env=False).status_code == 400
+        assert world.asked("/api/generate") == asked
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "evil-localhost:PORT"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Authorization": "Bearer a-whole"}, 401),
+        ({"Authorization": ""}, 401),
+    ],
+)
+def test_a_stranger_is_turned_away(world: Street, headers: dict[str, str], status: int) -> None:
+    """By the name it calls, the page it comes from, the token it lacks: before Ollama hears of it."""
+    gateway = world.gateway(token="a-whole-token-of-ours")
+    headers = {"Authorization": "Bearer a-whole-token-of-ours", **headers}
+    headers = {name: value.replace("PORT", str(gateway.port)) for name, value in headers.items()}
+    asked = world.asked("/api/version")
+    assert httpx.get(f"{gateway.url}/api/version", headers=headers, trust_env=False).status_code == status
+    assert world.asked("/api/version") == asked + (status == 200)
+
+
+@pytest.mark.core
+def test_the_gateways_token_is_not_told_to_ollama() -> None:
+    """It is for this door."""
+    with serving(answering({"version": "0.32.15"})) as upstream:
+        config = GPUResourceConfig(ollama_url=upstream.url, vlm_model=VLM, clip_model=None, unload_deadline_s=0.2)
+        probe = SimulatedProbe(clock=RunningClock(), card=None)
+        with GPUResourceManager(config, vram_probe=probe) as manager:
+            with Gateway(
+                manager, GatewayConfig(listen="127.0.0.1:0", shutdown_s=0, token="a-whole-token-of-ours")
+            ) as gateway:
+                headers = {"Authorization": "Bearer a-whole-token-of-ours"}
+                assert httpx.get(f"{gateway.url}/api/version", headers=headers, trust_env=False).status_code == 200
+    assert [visit.line for visit in upstream.visits if "a-whole-token-of-ours" in visit.head] == []
+    assert "GET /api/version" in {visit.line for visit in upstream.visits}
+
+
+@pytest.mark.core
+def test_room_that_is_lent_is_not_taken_by_a_prompt(world: Street) -> None:
+    """Not even by another model's."""
+    gateway = world.gateway()
+    lent = post(f"{gateway.url}/gpu-fsm/lease", {"holder": "a game", "needed_mib": 100, "ttl_s": 30, "wait_s": 10})
+    assert lent.status_code in (200, 201)
+    for model in (VLM, OTHER):
+        assert post(f"{gateway.url}/api/generate", {**PROMPT, "model": model}).status_code == 503
+    assert world.ollama.loaded() == ()
+
+
+@pytest.mark.core
+def test_a_door_in_this_process_holds_its_lease_as_long_as_the_gateway_does(world: Street) -> None:
+    """Until the answer has been read."""
+    world.ollama.generate_s = 0.5
+    gateway = world.gateway()
+    asking = in_thread(world.session().post, f"{world.front.url}/api/generate", json=PROMPT)
+    until(lambda: world.ollama.running() == 1)
+    assert len(world.leases()) == 1
+    beside = in_thread(post, f"{gateway.url}/api/generate", PROMPT)
+    until(lambda: world.ollama.running() == 2)
+    assert len(world.leases()) == 2
+    assert (asking.result(PATIENCE_S).status_code, beside.result(PATIENCE_S).status_code) == (200, 200)
+    until(lambda: world.leases() == ())

@@ -118,17 +118,20 @@ def test_a_lease_that_is_given_back_restores_the_mode_at_once(world: Street) -> 
 
 
 @pytest.mark.core
-def test_who_asks_for_idle_meanwhile_is_not_overruled(world: Street) -> None:
-    """The agent in this process has stopped recording: when the card is back, nothing is loaded for it."""
-    world.manager.set_execution_mode("recording")
+@pytest.mark.parametrize("mode", ["recording", "autopilot"])
+def test_who_asks_for_idle_meanwhile_is_not_overruled(world: Street, mode: str) -> None:
+    """The agent in this process has stopped: when the card is back, nothing is loaded for it, and CLIP stays down."""
+    world.manager.set_execution_mode(mode)
     gateway = world.gateway()
     lease = ask(gateway)
     assert world.manager.set_execution_mode("idle").granted
     assert beat(gateway, lease).json()["kept"]
     end(gateway, lease)
     until(lambda: generate(gateway, model="other:1b").status_code == 200)
+    world.manager.set_execution_mode("idle")  # whatever was asked for when the card came back has been served
     assert world.manager.get_status().execution_mode is ExecutionMode.IDLE
     assert not world.resident
+    assert world.card.held_mib("clip") == 0.0
 
 
 @pytest.mark.core
@@ -180,6 +183,7 @@ def test_for_a_second_lease_the_card_is_asked_again(world: Street) -> None:
     world.card.give_back("game")
 
 
+@pytest.mark.core
 def test_a_running_answer_is_not_cut_off_for_a_lease(world: Street) -> None:
     """The lease is refused with the names of those in the way, or waits for them."""
     world.ollama.generate_s = 1.2

@@ -29,12 +29,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_fsm import GPUResourceConfig, Hold, errors
-from gpu_fsm.intercept import needs, requests_adapter
+from gpu_fsm.gateway import relay
+from gpu_fsm.intercept import httpx_transport, needs, requests_adapter
 from gpu_fsm.intercept.doors import Manager, Rules, aliases_of
 from gpu_fsm.intercept.httpx_transport import VLMTransport
 from gpu_fsm.intercept.needs import Ask, Need, read
+from gpu_fsm.simulation import Exchange, SimulatedOllama
+from gpu_fsm.simulation import ollama as simulated
 from tests.gateways import EMBEDDER, OTHER, VLM, Street, street
-from tests.waiting import in_thread, until
+from tests.waiting import PATIENCE_S, in_thread, until
 
 PROMPT = {"model": VLM, "prompt": "hi", "stream": False}
 
@@ -387,6 +390,26 @@ def test_without_an_answer_to_compare_a_name_is_what_it_says(world: Street, door
     """A list that does not come holds nobody up for long, and nobody's request is lost."""
     world.ollama.faults.arm("ollama.tags", "before", times=None)
     answer = post_through(door, world, "/api/generate", {**PROMPT, "model": OTHER})
+    assert answer.json()["model"] == OTHER
+
+
+@pytest.mark.parametrize("door", ["asyncio", "gateway"])
+def test_a_list_that_comes_drop_by_drop_holds_nobody_up_for_long(
+    world: Street, door: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each drop is in time, and there is no last one."""
+
+    def drip(server: SimulatedOllama, exchange: Exchange, *_: object) -> None:
+        if exchange.status is None:
+            exchange.begin(200, "application/json")
+        exchange.push(b" ")
+        if not exchange.closed:
+            server.clock.after(0.1, lambda: drip(server, exchange))
+
+    monkeypatch.setitem(simulated._ROUTES["/api/tags"], "GET", drip)
+    monkeypatch.setattr(httpx_transport, "TAGS_S", 0.5)
+    monkeypatch.setattr(relay, "TAGS_S", 0.5)
+    answer = in_thread(post_through, door, world, "/api/generate", {**PROMPT, "model": OTHER}).result(PATIENCE_S)
     assert answer.json()["model"] == OTHER
 
 

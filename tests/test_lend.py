@@ -149,3 +149,43 @@ def test_the_mode_to_ask_for_again_is_what_somebody_wanted(
     manager.set_execution_mode(AUTOPILOT)
     with manager.lend("the last one") as loan:
         assert loan.mode is AUTOPILOT
+
+
+def room_for(manager: GPUResourceManager, block: contextlib.ExitStack) -> contextvars.Context:
+    """Somebody borrows the card in a context of its own, which is returned as it is inside."""
+    context = contextvars.copy_context()
+    context.run(block.enter_context, manager.lend("whisper"))
+    context.run(make_room, manager)
+    return context
+
+
+def test_what_was_begun_inside_a_block_is_free_after_it(manager: GPUResourceManager) -> None:
+    """A task has the context of whoever began it, for as long as it runs: what it asks for later is what it wants."""
+    manager.set_execution_mode(AUTOPILOT)
+    with contextlib.ExitStack() as block:
+        begun_inside = room_for(manager, block)
+    begun_inside.run(manager.set_execution_mode, RECORDING)
+    with manager.lend("the next one") as loan:
+        assert loan.mode is RECORDING
+
+
+def test_to_make_room_with_one_manager_says_nothing_to_another(manager: GPUResourceManager) -> None:
+    """A program with two cards: what it asks of the second one inside a block of the first is what it wants there."""
+    with inline_manager(SimulatedWorld()) as second:
+        with second.lend("whisper"):
+            pass
+        with manager.lend("sd"):
+            second.set_execution_mode(RECORDING)
+        with second.lend("the next one") as loan:
+            assert loan.mode is RECORDING
+
+
+def test_who_ends_somebody_elses_block_still_makes_room_in_its_own(manager: GPUResourceManager) -> None:
+    """The last to come may be the one that finds the first one dead."""
+    manager.set_execution_mode(RECORDING)
+    first = contextlib.ExitStack()
+    room_for(manager, first)
+    with manager.lend("sd") as loan:
+        first.close()
+        make_room(manager)
+        assert loan.mode is RECORDING

@@ -735,6 +735,24 @@ in_child(check)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_child_that_is_the_first_to_ask_for_a_manager_is_told_so_too() -> None:
+    """The parent has done no more than `import gpu_fsm`."""
+    run_python(
+        "import os, sys, types\n"
+        "import gpu_fsm\n"
+        "sys.modules['torch'] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initialized=lambda: True))\n"
+        "if not os.fork():\n"
+        "    try:\n"
+        "        gpu_fsm.GPUResourceManager.shared()\n"
+        "    except gpu_fsm.errors.ForkedProcess:\n"
+        "        os._exit(0)\n"
+        "    os._exit(1)\n"
+        "assert os.wait()[1] == 0\n",
+        options=FORKING,
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_parent_that_used_cuda_and_forked_keeps_its_right_to_the_gpu() -> None:
     """The fork concerns the child only: the parent's first `shared()` after it works."""
     run_python(

@@ -96,6 +96,24 @@ def test_the_top_level_names_are_these() -> None:
     assert all(hasattr(gpu_fsm, name) for name in NAMES)
 
 
+def test_the_modules_of_the_top_level_names_are_there_too() -> None:
+    """`except gpu_fsm.errors.CardHeld` works before anything else was asked for."""
+    said = run_python("import gpu_fsm\nprint(gpu_fsm.errors.CardHeld.__name__, gpu_fsm.status.State.IDLE.name)\n")
+    assert said == "CardHeld IDLE\n"
+
+
+def test_a_type_checker_sees_the_names_that_are_there_and_no_others() -> None:
+    """It would take any name for something that is there, were it shown that names are looked up late."""
+    said = run_python(
+        "import importlib, typing, gpu_fsm.manager\n"
+        "del gpu_fsm.__getattr__\n"
+        "typing.TYPE_CHECKING = True\n"
+        "print(*vars(importlib.reload(gpu_fsm)))\n"
+    ).split()
+    assert set(NAMES) <= set(said)
+    assert "__getattr__" not in said
+
+
 def test_the_manager_s_methods_have_these_signatures() -> None:
     """Names, order, defaults, keyword-only marks and types."""
     assert public(GPUResourceManager) == MANAGER

@@ -105,6 +105,38 @@ def client(world: SimulatedWorld) -> Client:
 # --- the clock --------------------------------------------------------------------------------------------------------
 
 
+ODD_FIELDS: list[dict[str, Any]] = [
+    {"options": [1]},
+    {"options": {"num_ctx": 1e400}},
+    {"options": {"num_predict": 1e400}},
+    {"images": 5},
+    {"messages": 5},
+    {"messages": [1]},
+    {"messages": [{"role": "user", "content": [1]}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    {"messages": [{"role": "user", "images": 5}]},
+    {"tools": 5},
+    {"tools": [1]},
+    {"tools": [{"function": {"name": "f", "parameters": {"type": "object", "properties": [1]}}}]},
+    {"format": {"enum": {"a": 1}}},
+    {"format": {"type": "object", "properties": 5}},
+    {"prompt": "\ud800", "input": "\ud800"},
+]
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/api/chat", "/api/embed", "/v1/chat/completions"])
+def test_a_field_of_another_kind_is_answered_and_stops_nothing(path: str) -> None:
+    """A stranger's program may send what it likes: the world goes on for all others."""
+    capable = SimulatedModel(name="all", size_mib=100, capabilities=("completion", "embedding", "tools", "vision"))
+    world = SimulatedWorld()
+    world.ollama.add_model(capable)
+    client = Client(world)
+    for odd in ODD_FIELDS:
+        plain = {"messages": [{"role": "user", "content": "x"}], "prompt": "x", "input": "x", "stream": False}
+        assert client.call("POST", path, {"model": "all", **plain, **odd}).status_code in (200, 400, 500), odd
+    assert client.post(model="all", prompt="x", stream=False).status_code == 200
+
+
 @given(st.lists(st.floats(0, 1e6), max_size=30), st.floats(0, 2e6))
 def test_appointments_are_kept_in_order_and_on_time(moments: list[float], target: float) -> None:
     """Each callback runs once, at its moment, in order of time and then of making; later ones wait."""

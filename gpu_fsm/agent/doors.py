@@ -82,8 +82,11 @@ class Door(Protocol):
     async def set_mode(self, mode: ExecutionMode) -> None:
         """Ask for a mode."""
 
-    async def give_back(self) -> None:
-        """Free the card of both models."""
+    async def unload_vlm(self) -> None:
+        """Free the card of the VLM."""
+
+    async def lower_clip(self) -> None:
+        """Free the card of CLIP."""
 
     async def rest(self, pause_s: float) -> None:
         """Do nothing for so long."""
@@ -118,11 +121,11 @@ class BlockingDoor:
     async def set_mode(self, mode: ExecutionMode) -> None:
         self._manager.set_execution_mode(mode)
 
-    async def give_back(self) -> None:
-        try:
-            self._manager.ensure_vlm_unloaded()
-        finally:
-            self._manager.migrate_clip_to_cpu()
+    async def unload_vlm(self) -> None:
+        self._manager.ensure_vlm_unloaded()
+
+    async def lower_clip(self) -> None:
+        self._manager.migrate_clip_to_cpu()
 
     async def rest(self, pause_s: float) -> None:
         threading.Event().wait(pause_s)
@@ -157,11 +160,11 @@ class AsyncDoor:
     async def set_mode(self, mode: ExecutionMode) -> None:
         await self._aio.set_execution_mode(mode)
 
-    async def give_back(self) -> None:
-        try:
-            await self._aio.ensure_vlm_unloaded()
-        finally:
-            await self._aio.migrate_clip_to_cpu()
+    async def unload_vlm(self) -> None:
+        await self._aio.ensure_vlm_unloaded()
+
+    async def lower_clip(self) -> None:
+        await self._aio.migrate_clip_to_cpu()
 
     async def rest(self, pause_s: float) -> None:
         await asyncio.sleep(pause_s)

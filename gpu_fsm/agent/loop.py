@@ -67,6 +67,9 @@ class ExecutionLoop:
     there, which is CLIP on the CPU.  One thread or task drives it; `stop` and `follow` may be called from any other, or
     from a hook.
 
+    A pause begins before a screen is handled: one that came after IDLE was asked for is handled when the pause is over.
+    A source that may wait long for a screen lets it begin earlier by calling `rest` now and then.
+
     While `run` or `arun` runs in the main thread, SIGINT and SIGTERM end it: at once where it waits for a model or for
     a screen, else when the hook or the writing in hand is over.  `stopper.signal` says which signal it was.
     """
@@ -97,6 +100,7 @@ class ExecutionLoop:
         self._mode = ExecutionMode.IDLE
         self.paused = False
         """IDLE was asked for, and nothing since."""
+        self._idle_asked = 0
         self._ask_again = False
         """The manager could not be asked: the card was lent, or another manager's."""
         self.stopper = stopper or Stopper()
@@ -110,6 +114,7 @@ class ExecutionLoop:
 
     def follow(self, mode: ExecutionMode) -> None:
         """Handle screens as `mode` says from now on; for somebody who has asked the manager for it himself."""
+        self._idle_asked += mode is ExecutionMode.IDLE
         self._mode, self.paused = mode, mode is ExecutionMode.IDLE
 
     def stop(self) -> None:
@@ -140,17 +145,20 @@ class ExecutionLoop:
     def steps(self, screens: Iterable[Screen]) -> Iterator[Step]:
         """Handle screens in the mode that is set, yielding how each went."""
         source = iter(screens)
-        while not self.stopper.requested:
-            at_once(self._rest(BlockingDoor(self._manager)))
+        while not self.stopper.requested and self.rest():
             with self.stopper.cut():
                 screen: Any = next(source, _NO_MORE)
-            if screen is _NO_MORE:
+            if screen is _NO_MORE or not self.rest():  # IDLE may have been asked for while the source waited
                 return
             try:
                 step = self.handle(screen)
             except ManagerClosed:
                 return
             yield step
+
+    def rest(self) -> bool:
+        """Wait out a pause, if one was asked for; False where it ended with `stop` or with the manager's end."""
+        return at_once(self._rest(BlockingDoor(self._manager)))
 
     def handle(self, screen: Screen, mode: ExecutionMode | None = None) -> Step:
         """Handle one screen as `mode` says, or as the asked mode does; the manager is not asked for another mode.
@@ -190,13 +198,11 @@ class ExecutionLoop:
 
     async def asteps(self, screens: Iterable[Screen] | AsyncIterable[Screen]) -> AsyncGenerator[Step, None]:
         """See `steps`."""
-        source = _flowing(screens)
-        while not self.stopper.requested:
-            if self.paused:
-                await self._rest(self._async_door())
+        source, door = _flowing(screens), self._async_door()
+        while not self.stopper.requested and await self._rest(door):
             with self.stopper.cut():
                 screen: Any = await anext(source, _NO_MORE)
-            if screen is _NO_MORE:
+            if screen is _NO_MORE or not await self._rest(door):
                 return
             try:
                 step = await self.ahandle(screen)
@@ -227,22 +233,30 @@ class ExecutionLoop:
         except GPUFSMError as error:
             self._ask_again = isinstance(error, CardHeld)
 
-    async def _rest(self, door: Door) -> None:
-        """Wait out a pause, with the card given back."""
+    async def _rest(self, door: Door) -> bool:
+        """See `rest`."""
         if not self.paused:
-            return
+            return True
         if self._on_pause is not None:
             self._on_pause(True)
-        try:
-            with self.stopper.cut():
-                await door.give_back()
-        except GPUFSMError as error:  # it is IDLE all the same, and the idle timer tries again
-            log.warning("the card could not be given back for the pause: %s", one_line(error))
+        seen = 0
         while self.paused and not self.stopper.requested and not self._manager.get_status().closed:
+            if seen != self._idle_asked:  # once more for who asks again: something may have been loaded meanwhile
+                seen = self._idle_asked
+                await self._give_back(door)
             with self.stopper.cut():
                 await door.rest(_PAUSE_LOOK_S)
         if self._on_pause is not None:
             self._on_pause(False)
+        return not self.paused
+
+    async def _give_back(self, door: Door) -> None:
+        for free in (door.unload_vlm, door.lower_clip):
+            try:
+                with self.stopper.cut():
+                    await free()
+            except GPUFSMError as error:  # it is IDLE all the same, and the idle timer tries again
+                log.warning("the card could not be given back for the pause: %s", one_line(error))
 
     async def _handle(self, door: Door, screen: Screen, mode: ExecutionMode) -> Step:
         start = time.monotonic()

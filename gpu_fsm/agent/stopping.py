@@ -58,14 +58,14 @@ class Stopper:
     @contextlib.contextmanager
     def cut(self) -> Iterator[None]:
         """In this block a signal raises `Stopped`, or cancels the task, at once; one that came before it, too."""
-        self._cutting = True
+        before, self._cutting = self._cutting, True
         try:
             if self.signal is not None and self._depth:
                 # A KeyboardInterrupt that leaves a task would end the whole event loop.
                 raise Stopped if self._cancel is None else asyncio.CancelledError
             yield
         finally:
-            self._cutting = False
+            self._cutting = before
 
     @contextlib.contextmanager
     def cancelling(self, task: asyncio.Future[Any]) -> Iterator[None]:

@@ -137,11 +137,11 @@ class _Program:
         config, board = self._config, self._board
         clip = _late_clip(config.gpu)
         with GPUResourceManager(config.gpu, clip_host=clip) as manager:
-            manager.subscribe(self._hear)
+            manager.subscribe(lambda event: self._hear(event, manager.config))
             with self._served(manager) as started:
                 with self._stopper.cut():
                     board.wait_for("reading the screens")
-                    screens = source(lambda: self._agent.interval_s)
+                    screens = source(self._interval_s)
                     if pull:
                         _pull(config.gpu, board)
                     board.wait_for(f"loading CLIP {one_line(config.gpu.clip_model or '')}")
@@ -175,8 +175,8 @@ class _Program:
         )
 
         def judge_by(agent: AgentConfig) -> None:
+            memory.limits = _limits(agent, self._config.gpu)  # first: they may not fit the model's own
             self._agent = agent
-            memory.limits = _limits(agent, self._config.gpu)
             memory.weights = Weights(image=agent.image_weight, text=agent.text_weight)
             detector.timeout_s, detector.largest_side = agent.vlm_timeout_s, agent.largest_side_px
             detector.cache_size = agent.cache_size
@@ -195,6 +195,12 @@ class _Program:
             stopper=self._stopper,
         )
 
+    def _interval_s(self) -> float:
+        """Asked by the live screen after each look, so that a pause begins there too while nothing on it moves."""
+        if self._loop is not None:
+            self._loop.rest()
+        return self._agent.interval_s
+
     def _show(self, step: Step) -> None:
         self.counts[step.result] += 1
         self._board.say(told_step(step))
@@ -210,10 +216,10 @@ class _Program:
         if status.reason is not None:
             self._board.say(f"  {status.reason}")
 
-    def _hear(self, event: Event) -> None:
+    def _hear(self, event: Event, gpu: GPUResourceConfig) -> None:
         if self._loop is not None:  # before, nothing of the agent's has begun that could be told
             rest = _PAUSED if self._loop.paused else ""
-            _hear(event, self._board, self.states, self._config.gpu, rest=rest)
+            _hear(event, self._board, self.states, gpu, rest=rest)
 
     # --- from outside ---
 

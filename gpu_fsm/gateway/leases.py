@@ -84,6 +84,7 @@ class _Before:
     loan: Loan
     """The manager's promise to let nobody take the room."""
     clip_up: bool
+    """In IDLE, where no mode brings CLIP back to the GPU."""
     end: ExitStack
     """Ends that promise."""
 
@@ -217,9 +218,10 @@ class Lender:
         if self._before is None:
             end = ExitStack()
             loan = end.enter_context(self._manager.lend(wish.holder))
-            self._before = _Before(loan, status.clip_device not in ("cpu", "none"), end)
+            clip_up = loan.mode is ExecutionMode.IDLE and status.clip_device not in ("cpu", "none")
+            self._before = _Before(loan, clip_up, end)
         if not self._leases:
-            with making_room():
+            with making_room(self._before.loan):
                 await verbs.set_execution_mode(ExecutionMode.IDLE)
             await self._let_others_end()
             await verbs.ensure_vlm_unloaded()

@@ -103,7 +103,7 @@ def _check_not_itself(config: GatewayConfig, manager: GPUResourceManager) -> Non
     host, _, port = config.listen.rpartition(":")
     base = base_of(manager.config)
     here = {origin_of(f"http://{name}:{port}") for name in (host, "127.0.0.1" if host in _ANY else host)}
-    if not here.isdisjoint(map(origin_of, aliases_of(base))):
+    if int(port) and not here.isdisjoint(map(origin_of, aliases_of(base))):
         raise BadArgument(
             detail=f"the gateway would listen at {config.listen}, where it is told that Ollama is ({base})",
             remedy="Set ollama_url to the real Ollama, usually http://127.0.0.1:11434, or choose another listen.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack
@@ -165,10 +166,11 @@ class AsyncVLMTransport(httpx.AsyncBaseTransport):
 
     async def _tags(self, request: httpx.Request) -> bytes:
         try:
-            response = await self._inner.handle_async_request(self._door.tags(request))
-            async with contextlib.aclosing(response):
-                return await response.aread()
-        except httpx.HTTPError:
+            async with asyncio.timeout(TAGS_S):  # all of it: httpx counts anew with every part
+                response = await self._inner.handle_async_request(self._door.tags(request))
+                async with contextlib.aclosing(response):
+                    return await response.aread()
+        except (httpx.HTTPError, TimeoutError):
             return b""
 
     async def aclose(self) -> None:

@@ -36,6 +36,7 @@ from gpu_fsm.simulation.wire import (
     DeafExchange,
     Exchange,
     Refusal,
+    check_kinds,
     decode_images,
     dumps,
     fitting,
@@ -366,6 +367,7 @@ class SimulatedOllama(Scheduler):
                 if not isinstance(body, dict):
                     struct = _STRUCTS.get(path, "Request")
                     raise Refusal(400, f"json: cannot unmarshal {go_kind(body)} into Go value of type api.{struct}")
+                check_kinds(body)
             handler(self, exchange, body, fault)
         except Refusal as no:
             exchange.json(no.status, {"error": no.text})
@@ -411,7 +413,11 @@ class SimulatedOllama(Scheduler):
 
     def _translate(self, inner: openai.Translated, handler: _Handler, fault: Fault | None) -> None:
         try:
-            handler(self, inner, inner.native(), fault)
+            try:
+                native = inner.native()
+            except (AttributeError, KeyError, TypeError):
+                raise Refusal(400, "invalid message format") from None
+            handler(self, inner, native, fault)
         except Refusal as no:
             inner.json(no.status, {"error": no.text})
 
@@ -589,7 +595,9 @@ class SimulatedOllama(Scheduler):
             if texts and "embedding" not in model.capabilities:
                 exchange.json(501, {"error": "This server does not support embeddings. Start it with `--embeddings`"})
             else:
-                vectors = [[b / 255 for b in hashlib.sha256(str(text).encode()).digest()] for text in texts]
+                vectors = [
+                    [b / 255 for b in hashlib.sha256(str(text).encode(errors="replace")).digest()] for text in texts
+                ]
                 exchange.json(200, {"model": name, "embeddings": vectors})
             self._done(runner)
 
@@ -601,7 +609,7 @@ class SimulatedOllama(Scheduler):
 
         def ready(runner: Runner) -> None:
             if "embedding" in model.capabilities:
-                digest = hashlib.sha256(str(body.get("prompt", "")).encode()).digest()
+                digest = hashlib.sha256(str(body.get("prompt", "")).encode(errors="replace")).digest()
                 exchange.json(200, {"embedding": [b / 255 for b in digest]})
             else:
                 exchange.json(500, {"error": "This server does not support embeddings. Start it with `--embeddings`"})
@@ -810,7 +818,7 @@ def _options(value: Any, model: SimulatedModel) -> dict[str, Any]:
         if entry is None:
             continue
         if key in _INTEGER_OPTIONS:
-            if isinstance(entry, bool) or not isinstance(entry, int | float):
+            if isinstance(entry, bool) or not isinstance(entry, int | float) or not math.isfinite(entry):
                 raise Refusal(500, f'option "{key}" must be of type integer')
         elif key in ("use_mmap", "shift") and not isinstance(entry, bool):
             raise Refusal(500, f'option "{key}" must be of type boolean')

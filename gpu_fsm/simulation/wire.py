@@ -156,7 +156,7 @@ class Exchange:
 
 def dumps(value: Any) -> bytes:
     """JSON as Go writes it: no spaces, UTF-8."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
 
 
 def parse_keep_alive(value: Any) -> float | None:
@@ -236,6 +236,21 @@ def timestamp(epoch_s: float, offset_ns: int) -> str:
     return f"{stamp.isoformat(timespec='seconds')}{fraction}Z"
 
 
+_KINDS: dict[str, type] = {"options": dict, "messages": list, "images": list, "tools": list}
+
+
+def check_kinds(body: dict[str, Any]) -> None:
+    """Refuse what Go cannot read into the fields of a request; raises `Refusal`."""
+    for name, kind in _KINDS.items():
+        value = body.get(name)
+        entries = value if name in ("messages", "tools") and isinstance(value, list) else []
+        wrong = [] if value is None or isinstance(value, kind) else [value]
+        for bad in (*wrong, *(entry for entry in entries if not isinstance(entry, dict))):
+            raise Refusal(400, f"json: cannot unmarshal {go_kind(bad)} into Go struct field Request.{name}")
+        for entry in entries:
+            check_kinds(entry)
+
+
 def decode_images(values: Any) -> list[bytes]:
     """Read base64 images; raises `Refusal` as the server does while it reads the JSON."""
     if values is None:
@@ -265,11 +280,14 @@ def fitting(schema: dict[str, Any], text: str, images: list[bytes]) -> str:
 def _instance(schema: Any, word: str) -> Any:
     if not isinstance(schema, dict):
         return None
-    if schema.get("enum"):
-        return schema["enum"][0]
+    choices, properties = schema.get("enum"), schema.get("properties")
+    if isinstance(choices, list) and choices:
+        return choices[0]
     match schema.get("type"):
+        case "object" if isinstance(properties, dict):
+            return {name: _instance(inner, word) for name, inner in properties.items()}
         case "object":
-            return {name: _instance(inner, word) for name, inner in (schema.get("properties") or {}).items()}
+            return {}
         case "array":
             return []
         case "string":

@@ -7,8 +7,9 @@ A mutant is a small patch against `gpu_fsm` in this folder; its header says what
     Invariant: S3, L1
     Breaks: Nobody waits for the card after an unload.
 
-`Property` and `Invariant` (numbered as in `tests/test_properties.py` and `gpu_fsm/testing/oracle.py`) are for those that break one of them, `Area` names the tests to run: those
-marked `core` in the files of `AREAS`.  `Equivalent: reason` says why nobody can notice.
+`Property` and `Invariant` (numbered as in `tests/test_properties.py` and `gpu_fsm/testing/oracle.py`) are for those
+that break one of them, `Area` names the tests to run: those marked `core` in the files of `AREAS`.  `Equivalent:
+reason` says why nobody can notice.
 
 Each is applied to a copy of the tree, where the tests run in a process forked from this one, without shrinking, until
 tests of two files have failed.  A mutant is killed when that is so: an oracle that stands alone may be deleted by
