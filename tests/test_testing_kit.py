@@ -270,7 +270,7 @@ def test_the_fixture_gives_worlds_and_judges_them(tmp_path: Path) -> None:
 def test_the_plugin_costs_nothing_until_a_test_asks_for_it() -> None:
     """Importing it imports no part of the kit's machinery, no simulation and no library that the package does not."""
     run_python(
-        "import sys, pytest, gpu_fsm\n"
+        "import sys, attrs, pytest, gpu_fsm\n"
         "before = set(sys.modules)\n"
         "import gpu_fsm.testing.plugin\n"
         "new = {n for n in set(sys.modules) - before if n.partition('.')[0] not in sys.stdlib_module_names}\n"
