@@ -127,6 +127,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """Where `somebody/tiny` can be fetched from; the hub's client reads these variables when it is imported."""
     with Hub(DATA / "tiny-clip") as hub, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_HUB_OFFLINE", "0")  # other tests of the same run forbid it
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
         yield hub
 
