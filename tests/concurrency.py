@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -49,8 +50,8 @@ SWITCH_INTERVALS_S = (1e-5, 5e-4, 5e-3)
 class Rounds:
     """A pytest plugin: the session's tests again and again."""
 
-    def __init__(self, times: int, seed: int, only: int | None, *, quiet: bool) -> None:
-        self.rounds = range(times) if only is None else range(only, only + 1)
+    def __init__(self, rounds: range, seed: int, *, quiet: bool) -> None:
+        self.rounds = rounds
         self.seed, self.quiet = seed, quiet
         self.runs = self.skipped = 0
         self.flakes: list[dict[str, object]] = []
@@ -94,7 +95,7 @@ class Rounds:
             self.flakes.append(flake)
             where = f"round {self._round} at {self._interval_s:g} s: --seed {self.seed} --round {self._round}"
             said = [f"--- {title}\n{text}" for title, text in report.sections]
-            self._tell("\n".join([f"\nFLAKE {report.nodeid} in {where}", report.longreprtext, *said]))
+            print("\n".join([f"\nFLAKE {report.nodeid} in {where}", report.longreprtext, *said]), file=sys.stderr)
 
     @property
     def _interval_s(self) -> float:
@@ -154,16 +155,40 @@ def let_go() -> None:
     gc.collect()
 
 
+def in_jobs(times: int, seed: int, jobs: int) -> int:
+    """Share the rounds between processes and add up what they tell."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.concurrency",
+        f"--times={times}",
+        f"--seed={seed}",
+        f"--jobs={jobs}",
+        "--json",
+    ]
+    running = [subprocess.Popen([*command, "--share", str(n)], stdout=subprocess.PIPE, text=True) for n in range(jobs)]
+    told = [json.loads(job.communicate()[0].splitlines()[-1]) for job in running]
+    whole = {key: sum(one[key] for one in told) for key in ("rounds", "runs", "skipped")}
+    flakes = [flake for one in told for flake in one["flakes"]]
+    print(json.dumps({**told[0], **whole, "flakes": flakes, "seconds": max(one["seconds"] for one in told)}))
+    return max(job.returncode for job in running)
+
+
 def main() -> int:
     """Run the rounds; 0 if every test held in each."""
     parser = argparse.ArgumentParser(prog="python -m tests.concurrency", description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=200, help="rounds (default 200)")
     parser.add_argument("--seed", type=int, default=None, help="of the orders; a random one by default")
     parser.add_argument("--round", type=int, default=None, help="only this round")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the rounds (default 1)")
+    parser.add_argument("--share", type=int, default=0, help="only every round of so many jobs, from this one on")
     parser.add_argument("--json", action="store_true", help="nothing but one JSON object on stdout")
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
-    rounds = Rounds(args.times, seed, args.round, quiet=args.json)
+    if args.jobs > 1 and "--share" not in sys.argv and args.round is None:
+        return in_jobs(args.times, seed, args.jobs)
+    mine = range(args.share, args.times, args.jobs) if args.round is None else range(args.round, args.round + 1)
+    rounds = Rounds(mine, seed, quiet=args.json)
     files = [str(HERE / name) for name in (*FILES, *SELDOM)]
     began = time.monotonic()
     os.chdir(HERE.parent)
