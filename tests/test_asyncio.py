@@ -289,7 +289,9 @@ def test_a_lease_is_given_back_wherever_its_task_is_cancelled(steps: int) -> Non
             await task
         assert task.cancelled() or not cancelled or task.exception() is None
         await until(lambda: manager.get_status().leases == ())
-        assert (await manager.aio.set_execution_mode("autopilot")).granted
+        # A thread of the cancelled task may still move the clock, past the end of a look that another one has begun.
+        while not (await manager.aio.set_execution_mode("autopilot")).granted:
+            await asyncio.sleep(0.001)
 
     run(body)
 
