@@ -886,7 +886,7 @@ PLANTED: tuple[tuple[type[Pair], str, type], ...] = (
     (TryVlmAgainstDrain, "book_type", broken.GatelessBook),
     (TryVlmAgainstClaim, "book_type", broken.CountFirstBook),
     (GrantVlmAgainstRelease, "book_type", broken.SharedPublishBook),
-    (ReleaseAgainstClaim, "book_type", broken.SharedPublishBook),
+    (ReleaseAgainstClaim, "book_type", broken.StaleClaimBook),
     (ReleaseAgainstRelease, "book_type", broken.ForgetfulBook),
     (ReleaseAgainstCount, "book_type", broken.ForgetfulBook),
     (ReleaseAgainstForce, "book_type", broken.CarelessForceBook),

@@ -229,6 +229,16 @@ class SharedPublishBook(LeaseBook):
         self._changed()
 
 
+class StaleClaimBook(LeaseBook):
+    """Writes back the leases that it saw before it took the lock."""
+
+    def claim(self, models: Iterable[str]) -> bool:
+        seen = self._leases
+        claimed = super().claim(models)
+        self._leases = seen
+        return claimed
+
+
 class EarlyWakeBook(LeaseBook):
     """Tells of the end of a lease before it has ended."""
 

@@ -542,7 +542,7 @@ def test_waiters_are_told_that_the_manager_closes() -> None:
         waiters += [asyncio.create_task(manager.aio.set_execution_mode(mode)) for mode in ("idle", "autopilot")]
         await until(lambda: manager.get_status().queued == 2)
         closing = asyncio.create_task(manager.aio.close())
-        await until(lambda: manager._driver._closing is not None)
+        await until(lambda: manager._driver.mailbox.newest_preempt > 0)
         gate.open()
         assert await closing == ()
         ended = await asyncio.gather(*waiters, return_exceptions=True)
