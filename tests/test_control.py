@@ -295,7 +295,7 @@ def test_followers_hear_everything_in_order_and_the_end(bench: Bench) -> None:
     following = [in_thread(follow) for _ in range(3)]
     until(lambda: len(bench.server._followers) == 3)
     let_time_pass(bench.world, in_thread(bench.manager.set_execution_mode, ExecutionMode.AUTOPILOT))
-    until(lambda: any(told["kind"] == "mode_changed" for told in bench.server._history))
+    until(lambda: any(told["kind"] == "mode_changed" for told in list(bench.server._history)))
     bench.server.close()
     heard = [answer.result(10.0) for answer in following]
     assert heard[0] == heard[1] == heard[2] == list(bench.server._history)
