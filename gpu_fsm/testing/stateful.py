@@ -690,14 +690,15 @@ class GPUStateMachine(RuleBasedStateMachine):
 
     @rule()
     def nobody_uses_it(self) -> None:
-        """L5: with nobody using it, the VLM goes."""
+        """L5: with nobody using it, the VLM goes; in IDLE only one that is ours, which another client's is not."""
         self.note("nobody_uses_it")
         self.calm_down()
         config = self.manager.config
         self.manager.drive_for(config.idle_timeout_s + config.check_interval_s + 10)
         self.troubled = False
         engine = self.manager._driver.engine
-        if engine._observer.vlm_ours or engine._standing.plan.vlm is not None:
+        promised = engine.mode is not ExecutionMode.IDLE and engine._standing.plan.vlm is not None
+        if engine._observer.vlm_ours or promised:
             assert not self.world.vlm_resident(), "L5: the VLM is idle and still in"
 
     @rule(encoding=st.booleans())
