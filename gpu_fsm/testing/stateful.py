@@ -694,7 +694,10 @@ class GPUStateMachine(RuleBasedStateMachine):
         self.note("nobody_uses_it")
         self.calm_down()
         config = self.manager.config
+        loads = self.world.ollama.counts["loads"]
         self.manager.drive_for(config.idle_timeout_s + config.check_interval_s + 10)
+        if self.world.ollama.counts["loads"] > loads:  # a promise put right, after a use that never reached the server
+            self.manager.drive_for(config.idle_timeout_s + config.check_interval_s + 10)
         self.troubled = False
         engine = self.manager._driver.engine
         promised = engine.mode is not ExecutionMode.IDLE and engine._standing.plan.vlm is not None
