@@ -330,8 +330,8 @@ class Engine:
                 return Aim(mode=ticket.mode, plan=target(ticket.mode, None, s))
             case "vlm_wanted":
                 hold = hold_of(mode, Hold.WANTED)
-                stands = self._standing.hold is hold and guards.placed(attrs.evolve(s, aim=self._standing))
-                if not degraded and hold is not None and stands:
+                promised = hold is not None and self._standing.hold is hold and self._standing.plan.vlm is True
+                if not degraded and promised and guards.placed(attrs.evolve(s, aim=self._standing)):
                     return self._standing
                 return Aim(mode=mode, hold=hold, plan=target(mode, Hold.WANTED, s), fallback=self._fallback(s))
             case "vlm_unwanted" if degraded:
@@ -359,11 +359,10 @@ class Engine:
     def _still_in_use(self, parked: Aim) -> Aim:
         """Where an idle unload returns to that Ollama does not carry out: somebody else's request may run in the VLM.
 
-        RECORDING no longer promises it then, so that an unload which comes late is no loss to be put right.
+        The mode no longer promises it then, so that an unload which comes late is no loss to be put right.
         """
-        if parked.mode is ExecutionMode.RECORDING:
-            return attrs.evolve(parked, plan=attrs.evolve(parked.plan, vlm=None), idle=False)
-        return self._standing
+        stays = parked if parked.mode is ExecutionMode.RECORDING else self._standing
+        return attrs.evolve(stays, plan=attrs.evolve(stays.plan, vlm=None), idle=False)
 
     def _fallback(self, s: Snapshot) -> Aim | None:
         """Where an on-demand attempt returns to when it fails; None where the mode itself hangs on it."""
@@ -428,13 +427,13 @@ class Engine:
 
     def act_refuse_lease_held(self, s: Snapshot) -> None:
         """The caller holds what would have to move."""
-        holders = self._leases.names(s.models_to_move)
-        self._refuse(
-            errors.LeaseHeld(
-                detail="you hold a lease on what this request would move",
-                remedy="End the `with` block first, then ask.",
-                holders=holders,
-            )
+        self._refuse(self._lease_held(s))
+
+    def _lease_held(self, s: Snapshot) -> errors.LeaseHeld:
+        return errors.LeaseHeld(
+            detail="you hold a lease on what this request would move",
+            remedy="End the `with` block first, then ask.",
+            holders=self._leases.names(s.models_to_move),
         )
 
     def act_refuse_lease_timeout(self, s: Snapshot) -> None:
@@ -528,7 +527,8 @@ class Engine:
             clip_held_by_caller=bool(holders.clip & head.holds),
         )
         if head.kind != "close" and guards.blocked_by_caller(of_caller):
-            self.act_refuse_lease_held(of_caller)
+            for ticket in successors:  # told once IDLE stands: whoever is answered may look at once
+                ticket.refusal = self._lease_held(of_caller)
             self._seq = max(self._seq, newest(successors))
             self._pursue(Aim(mode=ExecutionMode.IDLE), previous=None, keep_released=True)
             self.asked_mode = ExecutionMode.IDLE
@@ -1001,7 +1001,7 @@ class Engine:
         idle_at = self._leases.last_vlm_use + self.config.idle_timeout_s
         promised = self._standing.plan.vlm is True
         may_be_in = self._observer.seen.residency.answer is not Answer.NO
-        outstanding = self._standing.hold is Hold.PARKED and self._standing.plan.vlm is None  # an idle unload came late
+        outstanding = self._standing.hold is not None and self._standing.plan.vlm is None  # an idle unload is late
         if may_be_in and (self._observer.vlm_ours or promised or outstanding) and not leased:
             armed["idle"] = max(idle_at, self._idle_not_before)
         if promised and (leased or idle_at > self._steps.server_until):

@@ -54,6 +54,8 @@ class Ticket:
     waiting_since: float | None = None
     lease: int | None = None
     """The number kept for the lease that the answer brings; a drive that is cut off before it leaves none behind."""
+    refusal: GPUFSMError | None = None
+    """Decided half-way, and the answer whatever comes next: to be told in a stable state."""
     future: Future[Outcome] = field(factory=Future)
 
     @property
@@ -81,7 +83,10 @@ class Ticket:
         return mine == others
 
     def grant(self, outcome: Outcome) -> bool:
-        """Resolve; False if the waiter has gone."""
+        """Resolve; False if the waiter has gone, or was to be refused."""
+        if self.refusal is not None:
+            self.refuse(self.refusal)
+            return False
         if not self._is_open():
             return False
         self.future.set_result(outcome)
@@ -89,6 +94,7 @@ class Ticket:
 
     def refuse(self, error: GPUFSMError) -> None:
         """Resolve with an error of its own: a shared exception object would collect tracebacks."""
+        error = self.refusal or error
         if self._is_open():
             self.future.set_exception(type(error)(**attrs.asdict(error, recurse=False)))
 

@@ -19,7 +19,7 @@ from hypothesis import currently_in_test_context, event, given, settings
 from hypothesis import strategies as st
 
 from gpu_fsm import GPUResourceManager, GPUResourceStatus, State
-from gpu_fsm.errors import GPUFSMError, InternalError, OperationTimeout, Superseded
+from gpu_fsm.errors import GPUFSMError, InternalError, LeaseHeld, OperationTimeout, Superseded
 from gpu_fsm.guards import Aim
 from gpu_fsm.leases import Holders
 from gpu_fsm.simulation import SimulatedWorld
@@ -661,4 +661,23 @@ def test_an_answer_comes_after_the_status_that_shows_it() -> None:
     future = manager._driver.post("vlm_wanted").future
     future.add_done_callback(lambda _: shown.set_result(seen(manager)))
     assert shown.result(PATIENCE_S) == "idle wanted"
+    manager.close()
+
+
+def test_a_refusal_half_way_comes_after_the_status_that_shows_what_stands_instead() -> None:
+    """Whoever preempts a load and holds what would have to move is refused, and sees IDLE at once."""
+    history = History()
+    manager = history.manager
+    manager.set_execution_mode("autopilot")
+    gate = Gate(history.world, "ollama.load")
+    shown: Future[str] = Future()
+    with manager.clip():
+        load = manager._driver.post("vlm_wanted").future
+        gate.wait()
+        future = manager.submit_execution_mode("recording", preempt=True)
+        future.add_done_callback(lambda _: shown.set_result(seen(manager)))
+        gate.open()
+        assert shown.result(PATIENCE_S) == "idle"
+        assert isinstance(future.exception(0), LeaseHeld)
+        assert isinstance(load.exception(0), Superseded)
     manager.close()

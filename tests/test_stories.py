@@ -733,6 +733,28 @@ def test_an_idle_unload_waits_for_another_client_s_request(mode: str) -> None:
     assert manager.close() == ()
 
 
+@pytest.mark.parametrize("late_s", [0.0, 0.5, 1.0, 1.9])
+@pytest.mark.parametrize("mode", ["recording", "autopilot", "idle"])
+def test_an_idle_unload_that_comes_late_is_no_reason_to_load(mode: str, late_s: float) -> None:
+    """The stranger's answer ends a moment after we have stopped to wait for it: the VLM is out, as was wanted."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, unload_deadline_s=5.0, idle_timeout_s=60.0)
+    manager.set_execution_mode(mode)
+    manager.ensure_vlm_loaded()
+    idle_at = next(timer.due_at for timer in manager.get_status().timers if timer.name == "idle")
+    manager.drive_for(idle_at - 10.0 - world.clock.monotonic())
+    world.ollama.generate_s = 15.0 + late_s
+    world.ollama.foreign_generate(world.vlm.name)
+    manager.drive_for(60.0)
+    assert not world.vlm_resident()
+    assert world.ollama.counts["loads"] == 1
+    assert manager.get_status().state.value == mode
+
+    manager.ensure_vlm_loaded()
+    assert world.vlm_resident()
+    assert manager.close() == ()
+
+
 def test_a_stopped_ollama_on_another_card_does_not_keep_clip_off_ours() -> None:
     """Nothing of it can lie on our card, so AUTOPILOT stands; RECORDING says what is missing."""
     world = SimulatedWorld()
