@@ -105,6 +105,8 @@ class Driver:
         self.closed = False
         self._drive_lock = threading.Lock()
         self._driving: int | None = None
+        self._soonest: float | None = None
+        """When the next timer was due, at the last look at what there is to do."""
         self._torn = False
         """The last drive did not come to its end: a KeyboardInterrupt, or a defect of ours."""
         self.engine = Engine(
@@ -311,7 +313,7 @@ class Driver:
                     return
                 if self._next():
                     continue
-                due = self._due()
+                due = None if self.closed else self._soonest
             now = self.clock.monotonic()
             if deadline is not None and now >= deadline:
                 return
@@ -367,12 +369,14 @@ class Driver:
             engine.deliver(group)
             return self._after()
         now = self.clock.monotonic()
-        due = [(at, name) for name, at in engine.timers().items() if at <= now and name != "drain"]
+        timers = engine.timers()
+        due = [(at, name) for name, at in timers.items() if at <= now and name != "drain"]
         if due:
             # Woken late: a VLM whose idle time is over is not fetched back by the check that misses it.
             engine.fire_timer("idle" if "idle" in {name for _, name in due} else min(due)[1])
             self._mind_the_card()
             return self._after()
+        self._soonest = min(timers.values(), default=None)
         return False
 
     def _mind_the_card(self) -> None:
@@ -470,13 +474,11 @@ class Driver:
             self._dispatch(event)
 
     def _dispatch_pending(self) -> None:
-        while True:
-            try:
+        while not self._events.empty():
+            with contextlib.suppress(queue.Empty):  # somebody else's drive was faster
                 event = self._events.get_nowait()
-            except queue.Empty:
-                return
-            if event is not None:
-                self._dispatch(event)
+                if event is not None:
+                    self._dispatch(event)
 
     def _dispatch(self, event: Event) -> None:
         for listener, kinds in self._listeners:

@@ -60,6 +60,9 @@ class Holders:
     clip: frozenset[int] = frozenset()
 
 
+_NOBODY = Holders()
+
+
 class LeaseBook:
     """All leases of one manager.  Thread-safe; never calls out while its lock is held."""
 
@@ -221,7 +224,8 @@ class LeaseBook:
     @property
     def vlm_held(self) -> bool:
         """Whether somebody holds the VLM; takes no lock."""
-        return any(info.model == "vlm" and not info.lost for info in self.snapshot)
+        leases = self._leases
+        return bool(leases) and any(info.model == "vlm" and not info.lost for info in leases.values())
 
     def names(self, models: Iterable[str]) -> tuple[str, ...]:
         """The holders of `models`, for messages."""
@@ -244,6 +248,8 @@ class LeaseBook:
         return lease
 
     def _holders(self) -> Holders:
+        if not self._leases:
+            return _NOBODY
         # A lost lease protects nothing any more: its model is gone already.
         live = [info for info in self._leases.values() if not info.lost]
         return Holders(

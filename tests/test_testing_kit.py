@@ -409,3 +409,26 @@ def test_a_refused_preempting_request_leaves_what_stood_wanted() -> None:
         machine.every_promise_is_kept()
     finally:
         machine.teardown()
+
+
+def test_a_renewal_that_puts_a_dead_runner_right_has_the_room_of_the_dead_one() -> None:
+    """S5 is about what was decided on; here Ollama itself finds the runner dead (rules of the long proof, 1000190)."""
+    machine = testing.GPUStateMachine()
+    try:
+        machine.begin(
+            gpu=True,
+            clip=True,
+            card_mib=6400.0,
+            tells_holders=False,
+            version="0.32.15",
+            on_shortage="degrade",
+            on_partial_offload="reload",
+            idle_timeout_s=20.0,
+            troubles={"faults"},
+            reclaim_s=0.3,
+        )
+        machine.meet_a_fault(agent_first=False, fault=("ollama.generate", "runner_dies"), healed=False, times=1, way=0)
+        machine.stray_event(what="renew")
+        machine.every_promise_is_kept()
+    finally:
+        machine.teardown()

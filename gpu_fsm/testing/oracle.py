@@ -218,6 +218,11 @@ class Oracle:
         if op == "ollama.load" and (world.vlm_held_mib() or self._loads):
             return
         free_mib = max(card.free_mib, self._seen_free_mib)
+        if op == "ollama.load" and self._renewal_became_a_load():
+            # Nobody decided on it: Ollama finds the runner dead and puts another one in its place.
+            free_mib += sum(
+                mib for owner, mib in card.owners().items() if owner.startswith(f"ollama:{world.vlm.name}#")
+            )
         if free_mib < need:
             self._broken("S5", f"{op} needs {need:.0f} MiB, {free_mib:.0f} were free")
 

@@ -139,12 +139,20 @@ def _run_items(items: Sequence[pytest.Item], failures: _Failures, known: dict[st
     report(passed=len(items))
 
 
+class NoTable(Exception):
+    """The mutated file makes no table of rows: nothing could be imported."""
+
+
 def _exchange(mutant: Mutant) -> bool:
     """Give a function of the running interpreter other code, or everybody another table; False where it has no such."""
     module = importlib.import_module(f"gpu_fsm.{mutant.module}")
     if mutant.is_row:
         scratch = types.ModuleType(module.__name__)
-        exec(compile(mutant.source, str(module.__file__), "exec", dont_inherit=True), vars(scratch))
+        try:
+            exec(compile(mutant.source, str(module.__file__), "exec", dont_inherit=True), vars(scratch))
+            new_by_name = {row.name: row for row in scratch.TABLE}
+        except Exception as error:
+            raise NoTable from error
         table, new = module.TABLE, scratch.TABLE
         by_name = {row.name: row for row in table}
         ours = [one for one in list(sys.modules.values()) if str(getattr(one, "__file__", "")).startswith(str(ROOT))]
@@ -153,7 +161,7 @@ def _exchange(mutant: Mutant) -> bool:
                 if value is table:
                     setattr(holder, name, new)
                 elif isinstance(value, dict) and value == by_name:
-                    setattr(holder, name, {row.name: row for row in new})
+                    setattr(holder, name, new_by_name)
         return True
     found: Any = module
     for step in mutant.function.split("."):
@@ -415,8 +423,12 @@ def try_in_place(
 
             def run(report: _Report, mutant: Mutant = mutant, chosen: list[pytest.Item] = chosen) -> None:
                 resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-                if not _exchange(mutant):
-                    report(impossible=True)
+                try:
+                    if not _exchange(mutant):
+                        report(impossible=True)
+                        return
+                except NoTable:
+                    report(failed="import")
                     return
                 _run_items(chosen, failures, order.known, report)
 
