@@ -1175,11 +1175,12 @@ class OllamaManager:
                 remedy="Set ollama_url to where Ollama itself listens.",
             )
         # Of an error only its beginning is wanted, and it is an error however its body ends.
-        data = b""
+        begun = bytearray()
         with contextlib.suppress(*_FOREIGN):
             for chunk in self._body(response, deadline, _CONTROL_LIMIT):
-                data += chunk
+                begun += chunk
         self._raise_if_over(transport)
+        data = bytes(begun)
         try:
             text = _error_text(_json_object(data))
         except ValueError:
