@@ -8,7 +8,6 @@ import functools
 import gc
 import hashlib
 import io
-import logging
 import os
 import tempfile
 import threading
@@ -26,40 +25,25 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gpu_fsm import errors
 from gpu_fsm.agent import ExecutionLoop, FusionEngine, Limits, Screen, UIDetector
 from gpu_fsm.control import ControlClient, ControlServer
 from gpu_fsm.simulation import KINDS, SimulatedWorld
-from gpu_fsm.states import STABLE, STANDING
-from gpu_fsm.status import ExecutionMode, State
+from gpu_fsm.states import STANDING
+from gpu_fsm.status import ExecutionMode
 from gpu_fsm.testing import fuzz as fuzzing
 from gpu_fsm.testing import scenario, walk
-from gpu_fsm.testing.oracle import Oracle
+from gpu_fsm.testing.fuzz import quietly
 from gpu_fsm.testing.reference import Call
 from gpu_fsm.testing.scenario import Dice
 from tests import test_linearizability as linearizability
 from tests import test_ollama_hostile as hostility
-from tests.operations import CONVERGES_S, OPERATIONS, io_calls
+from tests.operations import io_calls
 from tests.reliability import BATCH_S, EXPLORED_S, Told, say
-from tests.test_faults import ORPHANED_S, all_is_well
+from tests.test_faults import Point, play
 from tests.test_linearizability import MODES, Wish
 from tests.worlds import threaded
 
 DAY_S = 86_400.0
-
-HANGS_S = 45.0
-"""CLIP's own calls know no deadline: what hangs in one goes on after so many virtual seconds."""
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what the manager logs of the faults."""
-    log = logging.getLogger("gpu_fsm")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 @contextlib.contextmanager
@@ -67,7 +51,7 @@ def _quickly() -> Iterator[None]:
     """The same, and a world's garbage is collected when all of it is garbage."""
     gc.disable()
     try:
-        with _quietly():
+        with quietly():
             yield
     finally:
         gc.enable()
@@ -154,7 +138,7 @@ def histories(seed: int, _left_s: float) -> Told:
     dice = Dice(seed)
     scripts = tuple(tuple(_wish(dice) for _ in range(CALLS)) for _ in range(CLIENTS))
     how: Literal["by_threads", "by_tasks"] = "by_tasks" if seed % 2 else "by_threads"
-    with _quietly():
+    with quietly():
         try:
             history = linearizability.run(scripts, how, dice.pick((1e-5, 5e-4, 5e-3)))
         except Exception as error:
@@ -180,9 +164,6 @@ def _wish(dice: Dice) -> Wish:
 MAIN = ("record-after-autopilot", "automate-after-recording", "load-in-autopilot", "unload", "close-recording")
 """The five main operations, each from where it has most to do."""
 
-Point = tuple[int, str, str]
-"""Which call of the operation, what it is, how it goes wrong."""
-
 
 @functools.cache
 def _firsts() -> tuple[tuple[str, Point, tuple[Point, ...]], ...]:
@@ -191,7 +172,7 @@ def _firsts() -> tuple[tuple[str, Point, tuple[Point, ...]], ...]:
     with _quickly():
         for name in MAIN:
             for first in _points(io_calls(name), 0):
-                calls = _play(name, (first,), judged=False)
+                calls = play(name, first, judged=False)
                 found.append((name, first, tuple(_points(calls, first[0] + 1))))
     return tuple(found)
 
@@ -216,71 +197,11 @@ def pairs(seed: int, _left_s: float) -> Told:
     with _quickly():
         for second in seconds:
             try:
-                _play(name, (first, second), judged=True)
+                play(name, first, second)
             except Exception as error:
                 wrong.append(f"{name}, call {first[0]} {first[1]} {first[2]}, then call {second}: {_broken(error)}")
     said = f"{len(wrong)} of {len(seconds)}\n" + "\n".join(wrong) if wrong else ""
     return Told(counts={"pairs": len(seconds)}, violation=said)
-
-
-def _play(name: str, armed: tuple[Point, ...], *, judged: bool) -> list[str]:
-    """Tell an operation with faults at some of its calls; returns all calls until it stood, or nothing came any more.
-
-    Judged, what went wrong is healed after the last fault, and all must be well soon.
-    """
-    operation = OPERATIONS[name]
-    stage = operation.stage()
-    world, manager = stage.world, stage.manager
-    oracle = Oracle(manager, world)
-    operation.before(stage)
-    calls: list[str] = []
-    points = {nth: (op, kind) for nth, op, kind in armed}
-
-    def arm(what: str, phase: str) -> None:
-        if phase != "before":
-            return
-        if len(calls) in points:
-            op, kind = points[len(calls)]
-            assert what == op, f"another call than without the fault: {what}"
-            world.faults.arm(op, kind)
-            if kind == "hang":
-                world.clock.after(HANGS_S, world.faults.heal)
-        calls.append(what)
-
-    world.on_io.insert(0, arm)
-    try:
-        operation.act(stage)
-    except (errors.OperationTimeout, errors.InternalError) as defect:
-        raise AssertionError(f"a hang or a defect: {defect!r}") from defect
-    except errors.GPUFSMError as told:
-        assert str(told), f"{told!r} says nothing"
-    assert manager.get_status().state in STABLE
-    last = armed[-1][0]
-    recovers_until = world.clock.monotonic() + CONVERGES_S
-    while manager.get_status().state is State.DEGRADED and world.clock.monotonic() < recovers_until:
-        if judged and len(calls) > last:
-            break
-        manager.drive_for(0.5)
-    world.on_io.remove(arm)
-    if not judged:
-        manager._at_exit.detach()
-        return calls
-    assert world.faults.fired == Counter((op, kind) for _, op, kind in armed), f"not met: {world.faults.fired}"
-    oracle.check()
-    oracle.degraded_placement()
-    kinds = {kind for _, _, kind in armed}
-    world.faults.heal()
-    if kinds & {"runner_dies", "silent"}:
-        world.ollama.stop()  # else it lists the dead until somebody asks for them
-        world.ollama.start()
-    if not manager.get_status().closed:
-        poisoned = any(op.startswith("clip.") and kind == "gpu_lost" for _, op, kind in armed)
-        all_is_well(stage, poisoned=poisoned)
-        oracle.check()
-    world.clock.advance(ORPHANED_S)
-    assert stage.is_empty(), f"{world!r}"
-    assert not stage.open_connections
-    return calls
 
 
 # --- the explorer ---
@@ -297,7 +218,7 @@ def explorer(seed: int, _left_s: float) -> Told:
             told_at = time.monotonic()
             say(f"explorer: {profile.name}, {configurations} configurations, {waiting} of them wait, {edges} edges")
 
-    with _quietly():
+    with quietly():
         walked = walk.explore_manager(
             walk.Bounds(queue=2, faults=2), profiles=[profile], seconds=EXPLORED_S, progress=progress
         )
@@ -333,7 +254,7 @@ def agent(seed: int, _left_s: float) -> Told:
     violation, life = "", AgentLife(seed, days=DAYS, switches=SWITCHES)
     tracemalloc.start()
     try:
-        with _quietly(), tempfile.TemporaryDirectory(prefix="gpu_fsm-agent-") as folder:
+        with quietly(), tempfile.TemporaryDirectory(prefix="gpu_fsm-agent-") as folder:
             asyncio.run(life.run(Path(folder)))
     except Exception as error:
         violation = f"at {life.world.clock.monotonic() / DAY_S:.3f} days, switch {life.done}: {_broken(error)}"

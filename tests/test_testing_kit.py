@@ -385,22 +385,27 @@ def test_what_another_client_loads_later_in_degraded_is_not_held_against_the_man
         machine.teardown()
 
 
+def begin_small(machine: testing.GPUStateMachine, *, trouble: str) -> None:
+    """A card for one model at a time, whose driver does not tell who holds memory."""
+    machine.begin(
+        gpu=True,
+        clip=True,
+        card_mib=6400.0,
+        tells_holders=False,
+        version="0.32.15",
+        on_shortage="degrade",
+        on_partial_offload="reload",
+        idle_timeout_s=20.0,
+        troubles={trouble},
+        reclaim_s=0.3,
+    )
+
+
 def test_a_refused_preempting_request_leaves_what_stood_wanted() -> None:
     """S6 ends with the refusal, also where an equal request came behind it (fuzz seed 107)."""
     machine = testing.GPUStateMachine()
     try:
-        machine.begin(
-            gpu=True,
-            clip=True,
-            card_mib=6400.0,
-            tells_holders=False,
-            version="0.32.15",
-            on_shortage="degrade",
-            on_partial_offload="reload",
-            idle_timeout_s=20.0,
-            troubles={"outages"},
-            reclaim_s=0.3,
-        )
+        begin_small(machine, trouble="outages")
         machine.request(mode=ExecutionMode.RECORDING, preempt=False, myself=False)
         machine.stop_ollama(kill=False)
         machine.take_lease(model="clip")
@@ -415,18 +420,7 @@ def test_a_renewal_that_puts_a_dead_runner_right_has_the_room_of_the_dead_one() 
     """S5 is about what was decided on; here Ollama itself finds the runner dead (rules of the long proof, 1000190)."""
     machine = testing.GPUStateMachine()
     try:
-        machine.begin(
-            gpu=True,
-            clip=True,
-            card_mib=6400.0,
-            tells_holders=False,
-            version="0.32.15",
-            on_shortage="degrade",
-            on_partial_offload="reload",
-            idle_timeout_s=20.0,
-            troubles={"faults"},
-            reclaim_s=0.3,
-        )
+        begin_small(machine, trouble="faults")
         machine.meet_a_fault(agent_first=False, fault=("ollama.generate", "runner_dies"), healed=False, times=1, way=0)
         machine.stray_event(what="renew")
         machine.every_promise_is_kept()

@@ -150,7 +150,7 @@ def fuzz(
         seconds = 60.0
     report = FuzzReport(machine=f"{machine.__module__}:{machine.__qualname__}", seed=seed)
     run = _Run(report, seconds, examples, progress)
-    with _quiet():
+    with quietly():
         batch = 0
         while not run.over():
             batch += 1
@@ -359,7 +359,7 @@ def replay(path: Path) -> str:
     except SyntaxError as error:
         raise BadArgument(detail=f"{path} is no program: {one_line(error)}") from None
     try:
-        with _quiet():
+        with quietly():
             exec(code, {"__name__": "__main__", "__file__": str(path)})
     except ImportError as error:
         raise BadArgument(detail=f"{path} needs a module that is not here: {one_line(error)}") from error
@@ -409,7 +409,7 @@ def _outcomes() -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Stories break things on purpose; what the manager logs about it would bury the one line that matters."""
     log = logging.getLogger("gpu_fsm")
     before, log.disabled = log.disabled, True
