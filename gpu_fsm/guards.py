@@ -140,7 +140,7 @@ class Snapshot:
         model = self.seen.residency.ours
         if self.seen.vlm_dead:
             return False
-        if model is None or self.accept_partial or model.size_mib <= 0:
+        if model is None or self.accept_partial:
             return True
         if not self.on_our_card:
             return model.size_vram_mib == 0 or model.size_vram_mib >= WHOLE * model.size_mib
@@ -495,7 +495,7 @@ def why_not(s: Snapshot) -> GPUFSMError | None:
     if s.aim.plan.clip is not None and seen.clip == "none" and needs_clip:
         detail = seen.gpu_unusable_reason or "no CLIP is managed"
         return ClipUnavailable(detail=detail, remedy="Install the clip extra, or set clip_model.")
-    if _lacks_clip(s) and seen.clip != "none" and not seen.gpu_usable:
+    if _lacks_clip(s) and not seen.gpu_usable:
         if seen.vram.lost:
             return GpuLost(detail=seen.vram.detail or "the GPU has gone", remedy="Restart the agent once it is back.")
         reason = seen.gpu_unusable_reason or "this process has no usable GPU"

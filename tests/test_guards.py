@@ -7,9 +7,31 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from gpu_fsm.errors import ClipUnavailable, GpuLost, InsufficientVRAM
-from gpu_fsm.guards import PREDICATES, Aim, Observation, Plan, Snapshot, hold_lapsed, shortage, target, why_not
-from gpu_fsm.status import Answer, ExecutionMode, Hold, LoadedModel, Residency, VRAMInfo
+from gpu_fsm.errors import (
+    ClipUnavailable,
+    CudaPoisoned,
+    GPUFSMError,
+    GpuLost,
+    InsufficientVRAM,
+    ModelNotFound,
+    OllamaUnavailable,
+)
+from gpu_fsm.guards import (
+    PREDICATES,
+    START_OLLAMA,
+    Aim,
+    Observation,
+    Plan,
+    Snapshot,
+    hold_lapsed,
+    hold_of,
+    shortage,
+    target,
+    unknown,
+    why_not,
+)
+from gpu_fsm.states import EXTERNAL
+from gpu_fsm.status import Answer, Catalog, ExecutionMode, Hold, LoadedModel, Residency, VRAMInfo
 
 OUT = Residency(answer=Answer.NO)
 
@@ -67,13 +89,15 @@ def test_exactly_enough_for_clip_is_enough(free_mib: float | None, enough: bool)
         ("cpu", resident(5000.0, 5000.0), 899.0, False),
         ("gpu", resident(5000.0, 5000.0), 300.0, True),
         ("gpu", resident(5000.0, 5000.0), 299.0, False),
+        ("none", OUT, 5900.0, True),
+        ("none", OUT, 5899.0, False),
         ("cpu", OUT, None, False),
     ],
 )
 def test_on_demand_both_stay_on_the_card_exactly_where_both_fit(
     place: str, residency: Residency, free_mib: float | None, together: bool
 ) -> None:
-    """What is there already needs no room; where memory is unknown CLIP makes way."""
+    """What is on the card already needs no room, nothing else is; where memory is unknown CLIP makes way."""
     s = snapshot(seen={"clip": place, "residency": residency, "vram": card(free_mib)})
 
     assert target(ExecutionMode.AUTOPILOT, Hold.WANTED, s) == Plan(clip="gpu" if together else "cpu", vlm=True)
@@ -110,6 +134,14 @@ def test_a_vlm_is_whole_from_99_percent_on(on_card_mib: float, facts: dict[str, 
 
     assert s.whole is whole
     assert holds("placed", s) is whole
+
+
+@pytest.mark.parametrize("size_mib", [0.5, 1.0, 2.0, 50_000.0])
+def test_a_small_vlm_is_whole_by_the_same_share(size_mib: float) -> None:
+    """However small: one that lies in the computer's memory keeps no promise."""
+    assert snapshot(seen={"residency": resident(size_mib, size_mib)}).whole
+    assert not snapshot(seen={"residency": resident(size_mib, 0.98 * size_mib)}).whole
+    assert not snapshot(seen={"residency": resident(size_mib, 0.0)}).whole
 
 
 @pytest.mark.parametrize(("free_mib", "short"), [(199.0, True), (200.0, False), (201.0, False), (None, False)])
@@ -325,3 +357,116 @@ def test_nobody_waits_for_a_clip_that_is_not_there() -> None:
         s = snapshot("autopilot", Plan(clip=wanted, vlm=False), clip_leased=True, seen={"clip": "none"})
         assert s.models_to_move == frozenset()
         assert not holds("blocked", s)
+
+
+def test_a_place_is_compared_as_a_word() -> None:
+    """A CLIP host may take it from a device's name or read it from a file."""
+    for word in ("cpu", "gpu"):
+        read = "".join(list(word))
+        s = snapshot("autopilot", Plan(clip=read, vlm=False), seen={"clip": word})
+        assert read is not word
+        assert holds("placed", s)
+        assert holds("clip_there", s)
+
+
+@pytest.mark.parametrize("mode", [ExecutionMode.IDLE, ExecutionMode.RECORDING, ExecutionMode.AUTOPILOT])
+def test_a_hold_is_kept_only_where_it_differs_from_the_mode(mode: ExecutionMode) -> None:
+    """RECORDING wants the VLM by itself, the others do not."""
+    recording = mode is ExecutionMode.RECORDING
+
+    assert hold_of(mode, None) is None
+    assert hold_of(mode, Hold.WANTED) is (None if recording else Hold.WANTED)
+    assert hold_of(mode, Hold.PARKED) is (Hold.PARKED if recording else None)
+
+
+@pytest.mark.parametrize("trigger", EXTERNAL)
+def test_a_clip_that_is_not_there_is_missed_only_by_who_needs_it(trigger: str) -> None:
+    """AUTOPILOT, and who asks for a move; not a recorder, and not an agent without any CLIP."""
+    gone = {"clip": "none", "gpu_usable": False, "gpu_expected": False}
+    cpu, without = Plan(clip="cpu", vlm=False), Plan(vlm=False)
+    moved = trigger == "migrate_clip"
+
+    assert isinstance(why_not(snapshot("autopilot", cpu, trigger=trigger, seen=gone)), ClipUnavailable)
+    assert why_not(snapshot("autopilot", without, trigger=trigger, seen=gone)) is None
+    for mode in ("idle", "recording"):
+        assert isinstance(why_not(snapshot(mode, cpu, trigger=trigger, seen=gone)), ClipUnavailable) is moved
+        assert why_not(snapshot(mode, without, trigger=trigger, seen=gone)) is None
+
+
+REFUSED = Residency(answer=Answer.NO, refused=True)
+UP, VLM_IN = Plan(clip="gpu", vlm=False), Plan(clip="cpu", vlm=True)
+TOLD: dict[str, tuple[type[GPUFSMError], Plan, dict[str, Any], dict[str, Any], str]] = {
+    "no CLIP": (
+        ClipUnavailable, UP, {"clip": "none"}, {"gpu_unusable_reason": "its file is broken"}, "no CLIP is managed"
+    ),
+    "CLIP's card has gone": (
+        GpuLost, UP, {"gpu_usable": False, "vram": VRAMInfo(lost=True)},
+        {"vram": VRAMInfo(lost=True, detail="fell off the bus")}, "the GPU has gone",
+    ),
+    "the VLM's card has gone": (
+        GpuLost, VLM_IN, {"vram": VRAMInfo(lost=True)},
+        {"vram": VRAMInfo(lost=True, detail="fell off the bus")}, "the GPU has gone",
+    ),
+    "there never was a GPU for CLIP": (
+        ClipUnavailable, UP, {"gpu_usable": False, "gpu_expected": False},
+        {"gpu_unusable_reason": "torch has no CUDA"}, "this process has no usable GPU",
+    ),
+    "the process has lost its GPU": (
+        CudaPoisoned, UP, {"gpu_usable": False},
+        {"gpu_unusable_reason": "an illegal access"}, "this process has no usable GPU",
+    ),
+    "nobody listens": (
+        OllamaUnavailable, VLM_IN, {"residency": REFUSED},
+        {"residency": evolve(REFUSED, detail="port 11434 is shut")}, "Ollama refuses connections",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TOLD)
+def test_a_refusal_says_what_the_port_said(what: str) -> None:
+    """Or, where that said nothing, what is known all the same; never an empty sentence."""
+    kind, plan, seen, more, else_said = TOLD[what]
+    mode = "autopilot" if plan is UP else "recording"
+    bare, full = why_not(snapshot(mode, plan, seen=seen)), why_not(snapshot(mode, plan, seen={**seen, **more}))
+    said = more.get("gpu_unusable_reason") or next(iter(more.values())).detail
+
+    assert type(bare) is type(full) is kind
+    assert else_said in bare.detail
+    assert said in full.detail
+    assert else_said not in full.detail
+
+
+@pytest.mark.parametrize(("present", "refused"), [(Answer.NO, True), (Answer.YES, False), (Answer.UNKNOWN, False)])
+def test_a_model_that_ollama_does_not_have_is_refused_to_who_would_load_it(present: Answer, refused: bool) -> None:
+    """Only where it is definitely not there; who has it in already, or wants it out, is not refused for it."""
+    catalog = Catalog(present=present)
+
+    assert isinstance(why_not(snapshot(seen={"catalog": catalog})), ModelNotFound) is refused
+    assert why_not(snapshot(seen={"catalog": catalog, "residency": resident(5000.0, 5000.0)})) is None
+    assert why_not(snapshot("autopilot", UP, seen={"catalog": catalog})) is None
+
+
+def test_a_shortage_names_who_holds_memory_where_that_is_known() -> None:
+    """And is silent about it where it is not."""
+    short = {"vram": card(100.0)}
+    known = shortage(snapshot(seen={**short, "foreign_holders": ("game (pid 7): 4000 MiB", "browser (pid 8): ? MiB")}))
+
+    assert known.remedy.endswith("Held by game (pid 7): 4000 MiB, browser (pid 8): ? MiB.")
+    assert "Held" not in shortage(snapshot(seen=short)).remedy
+
+
+def test_what_nobody_can_tell_is_refused_with_what_helps() -> None:
+    """A server that does not listen is to be started; one that does not answer is to be looked at."""
+    shut, silent = Residency(refused=True, detail="port 11434 is shut"), Residency(detail="no answer in 2 s")
+
+    assert unknown(snapshot(seen={"residency": shut})).remedy == START_OLLAMA
+    assert "ollama ps" in unknown(snapshot(seen={"residency": silent})).remedy
+    assert unknown(snapshot(seen={"residency": silent})).detail == "no answer in 2 s"
+    assert unknown(snapshot(seen={"residency": Residency()})).detail == "Ollama gave no definite answer"
+
+
+@pytest.mark.parametrize("kind", [Plan, Aim, Observation, Snapshot])
+def test_facts_are_told_by_name(kind: Any) -> None:
+    """Nothing rests on their order."""
+    with pytest.raises(TypeError):
+        kind(ExecutionMode.IDLE)

@@ -385,7 +385,7 @@ def test_what_another_client_loads_later_in_degraded_is_not_held_against_the_man
         machine.teardown()
 
 
-def begin_small(machine: testing.GPUStateMachine, *, trouble: str) -> None:
+def begin_small(machine: testing.GPUStateMachine, *, trouble: str, reclaim_s: float = 0.3) -> None:
     """A card for one model at a time, whose driver does not tell who holds memory."""
     machine.begin(
         gpu=True,
@@ -397,7 +397,7 @@ def begin_small(machine: testing.GPUStateMachine, *, trouble: str) -> None:
         on_partial_offload="reload",
         idle_timeout_s=20.0,
         troubles={trouble},
-        reclaim_s=0.3,
+        reclaim_s=reclaim_s,
     )
 
 
@@ -424,5 +424,17 @@ def test_a_renewal_that_puts_a_dead_runner_right_has_the_room_of_the_dead_one() 
         machine.meet_a_fault(agent_first=False, fault=("ollama.generate", "runner_dies"), healed=False, times=1, way=0)
         machine.stray_event(what="renew")
         machine.every_promise_is_kept()
+    finally:
+        machine.teardown()
+
+
+def test_another_client_s_load_has_ended_before_everything_is_called_well() -> None:
+    """L2 begins when nothing is in the way; a load that turned the VLM out takes longer (rules, 1000261)."""
+    machine = testing.GPUStateMachine()
+    try:
+        begin_small(machine, trouble="others", reclaim_s=2.5)
+        machine.take_lease(model="vlm")
+        machine.other_client(what="other")
+        machine.converge(mode=ExecutionMode.RECORDING)
     finally:
         machine.teardown()

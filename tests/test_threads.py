@@ -313,9 +313,11 @@ def test_a_time_out_ends_the_waiting_and_not_the_load() -> None:
 def test_a_time_out_of_zero_asks_without_waiting() -> None:
     """Zero seconds is an answer now or `OperationTimeout`; the request stands all the same."""
     world = SimulatedWorld()
+    gate = Gate(world, "ollama.load")
     manager = threaded(world)
     with pytest.raises(OperationTimeout):
         manager.set_execution_mode("recording", timeout_s=0)
+    gate.open()
     assert manager.set_execution_mode("recording", timeout_s=PATIENCE_S).granted
     assert world.ollama.counts["loads"] == 1
     manager.close()

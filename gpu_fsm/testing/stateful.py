@@ -760,7 +760,8 @@ class GPUStateMachine(RuleBasedStateMachine):
         if self.world.gpu and NEIGHBOUR in self.world.card.owners():
             self.world.card.give_back(NEIGHBOUR)
         if "others" in self.troubles:
-            self.manager.drive_for(self.world.vlm.load_s)  # an unload that meets a load is lost
+            # An unload that meets a load is lost; and a load that turns a model out waits for its memory first.
+            self.manager.drive_for(self.world.vlm.load_s + self.world.ollama.reclaim_s + 1)
             self.world.ollama.foreign_unload(OTHER)
         config = self.manager.config
         # The bound of L2; re-assertions that were used up come back only when their window has passed.

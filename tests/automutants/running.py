@@ -454,7 +454,7 @@ def try_imported(
             def run(report: _Report, mutant: Mutant = mutant, files: Sequence[str] = files) -> None:
                 resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
                 sys.meta_path.insert(0, _Mutated(mutant))
-                importlib.import_module("gpu_fsm")  # now: pytest has a loader of its own for the packages of plugins
+                importlib.import_module(f"gpu_fsm.{mutant.module}")  # now: pytest's own loader is for plugins' packages
                 if mutant.source != _source_of(mutant.module):
                     report(impossible=True)
                     return
