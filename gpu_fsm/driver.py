@@ -143,7 +143,7 @@ class Driver:
         """Put a request into the mailbox.  Raises `CardHeld` where another manager acts on the card, or it is lent."""
         self.check_usable()
         # The one place for it: without a ticket a manager in IDLE takes, moves and unloads nothing.
-        if self.card_lock is not None and kind != "close":
+        if self.card_lock is not None:
             self.card_lock.permit()
         ticket = Ticket(
             kind=kind,
@@ -186,7 +186,7 @@ class Driver:
                 detail=f"the card is lent to {names}", remedy="Ask again when it has been given back.", name=names
             )
         makes_room = not _making_room.get().isdisjoint(self._loans)
-        if ticket.mode is not None and ticket.kind == "request" and not makes_room:
+        if ticket.mode is not None and not makes_room:  # only a request has a mode
             self._newest_request = ticket
             self._owed = ticket.mode if self._loans else None
             for loan in self._loans:
@@ -227,7 +227,7 @@ class Driver:
         """Nobody waits for this lease any more: if it comes all the same, it goes back."""
 
         def give_back(late: Future[T]) -> None:
-            if not late.cancelled() and late.exception() is None:
+            if late.exception() is None:
                 self.leases.release(lease_of(late.result()) or 0)
 
         if not future.cancel():

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
+import gc
+import itertools
 import os
 import threading
+import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 
 from gpu_fsm import ExecutionMode, errors
+from gpu_fsm.cardlock import CardLock
+from gpu_fsm.events import Event
 from gpu_fsm.guards import Snapshot
 from gpu_fsm.machine import ModeMachine
-from gpu_fsm.simulation import SimulatedWorld
+from gpu_fsm.simulation import SimulatedClock, SimulatedWorld
 from gpu_fsm.states import TABLE, Row
 from gpu_fsm.status import State
 from gpu_fsm.testing.stateful import elsewhere, inline_manager
+from gpu_fsm.tickets import Outcome
+from tests.waiting import PATIENCE_S, Gate, until
 from tests.worlds import threaded
+
+T = TypeVar("T")
 
 RECORDING, AUTOPILOT, IDLE = ExecutionMode.RECORDING, ExecutionMode.AUTOPILOT, ExecutionMode.IDLE
 
@@ -52,15 +66,15 @@ def test_from_the_moment_that_the_end_is_asked_for_nothing_else_is_taken() -> No
 
 
 @pytest.mark.parametrize("reason", ["", "torch is not installed"])
-def test_a_clip_that_is_not_there_says_why(reason: str) -> None:
-    """In words of its own, or at least that there is none."""
+def test_a_clip_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """In the host's words, or at least that there is none."""
     world = SimulatedWorld(clip=False)
     manager = inline_manager(world)
-    world.clip.poisoned = reason
+    monkeypatch.setattr(type(world.clip), "gpu_unusable_reason", reason)
     with pytest.raises(errors.ClipUnavailable) as refusal, manager.clip():
         pass
 
-    assert refusal.value.detail == (world.clip.gpu_unusable_reason or "no CLIP is managed")
+    assert refusal.value.detail == (reason or "no CLIP is managed")
 
 
 def test_listeners_that_failed_are_counted_from_nothing() -> None:
@@ -189,8 +203,11 @@ def test_driving_for_a_time_lets_exactly_that_pass() -> None:
         assert world.clock.monotonic() - before == pytest.approx(seconds, abs=0.02)
 
 
-def test_an_answer_without_a_lease_that_nobody_waits_for_gives_nothing_back() -> None:
-    """Neither one that grants none, nor an error, nor a cancelled one; somebody else's lease stays."""
+def test_an_answer_without_a_lease_that_nobody_waits_for_gives_nothing_back(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one that grants none nor an error: somebody else's lease stays, be it the first one of all."""
+    monkeypatch.setattr("gpu_fsm.leases._IDS", itertools.count(1))
     manager = inline_manager(SimulatedWorld())
     lease = manager.clip(holder="somebody")
     elsewhere(lease.__enter__)
@@ -202,6 +219,305 @@ def test_an_answer_without_a_lease_that_nobody_waits_for_gives_nothing_back() ->
     empty.set_result(None)
     failed.set_exception(errors.ManagerClosed(detail="too late"))
 
+    assert caplog.text == ""
     assert [info.holder for info in manager.get_status().leases] == ["somebody"]
     elsewhere(lambda: lease.__exit__(None, None, None))
     assert manager.get_status().leases == ()
+
+
+def test_a_card_that_another_manager_has_is_asked_for_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every verb says who has it; it can be closed all the same, and a card that has become free is taken at once."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    first, second = CardLock(), CardLock()
+    for lock in (first, second):
+        lock.watch("GPU-0000cafe-0000-0000-0000-000000000000")
+    managers = [inline_manager(SimulatedWorld()) for _ in range(2)]
+    for manager in managers:
+        manager._driver.card_lock = second
+        for verb in (
+            functools.partial(manager.set_execution_mode, "idle"),
+            manager.ensure_vlm_loaded,
+            manager.ensure_vlm_unloaded,
+            manager.migrate_clip_to_gpu,
+        ):
+            with pytest.raises(errors.CardHeld, match="another manager in this process"):
+                verb()
+    first.close()
+    assert managers[0].set_execution_mode("recording").granted
+    for manager in managers:
+        assert manager.close() == ()
+
+
+def test_nothing_remembers_a_loan_that_is_over() -> None:
+    """A program that lends for years grows by nothing, also where a block ends in another task than it began in."""
+    manager = inline_manager(SimulatedWorld())
+    with manager.lend("whisper") as loan:
+        in_one_task = weakref.ref(loan)
+    block = contextlib.ExitStack()
+    loan = contextvars.copy_context().run(block.enter_context, manager.lend("blender"))
+    in_two = weakref.ref(loan)
+    block.close()
+    del loan, block
+    gc.collect()
+    assert in_one_task() is None
+    assert in_two() is None
+
+
+def test_a_refused_request_is_not_what_comes_back() -> None:
+    """What a borrower has to ask for again is what stood, not what was never given."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, on_shortage="refuse")
+    manager.set_execution_mode(AUTOPILOT)
+    world.card.take("game", 6500.0)
+    with pytest.raises(errors.InsufficientVRAM):
+        manager.set_execution_mode(RECORDING)
+    with manager.lend("whisper") as loan:
+        assert loan.mode is AUTOPILOT
+
+
+def test_a_close_waits_for_nothing_that_was_asked_before() -> None:
+    """What has not begun is refused, and never begins."""
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    asked = manager.submit_execution_mode("recording")
+    assert manager.close() == ()
+    assert isinstance(asked.exception(), errors.ManagerClosed)
+    assert world.ollama.counts["loads"] == 0
+
+
+def test_a_callback_of_an_inline_manager_neither_waits_nor_drives(caplog: pytest.LogCaptureFixture) -> None:
+    """It runs in the middle of a drive: both would wait for themselves.  Who waits is told what to use instead."""
+    manager = inline_manager(SimulatedWorld())
+    answer = manager.submit_execution_mode("recording")
+    refusals: list[errors.WouldDeadlock] = []
+
+    def call_back(answer: Future[Outcome]) -> None:
+        for call in (lambda: manager.drive_for(1.0), lambda: manager.set_execution_mode("idle")):
+            with pytest.raises(errors.WouldDeadlock) as refusal:
+                call()
+            refusals.append(refusal.value)
+
+    answer.add_done_callback(call_back)
+    manager.drive_for(10.0)
+    assert answer.result(0).granted
+    assert len(refusals) == 2, caplog.text
+    assert "submit_" in refusals[1].remedy
+
+
+def test_only_the_thread_that_drives_may_not_wait() -> None:
+    """The callback of an answer runs there; a listener does not, and is served."""
+    world = SimulatedWorld()
+    gate = Gate(world, "probe.read")
+    with threaded(world) as manager:
+        said: dict[str, BaseException | Outcome] = {}
+
+        def ask(who: str) -> None:
+            try:
+                said[who] = manager.set_execution_mode("autopilot", timeout_s=PATIENCE_S)
+            except Exception as error:
+                said[who] = error
+
+        manager.subscribe(lambda event: None if said.get("listener") else ask("listener"), "mode_changed")
+        gate.wait()
+        answer = manager.submit_execution_mode("recording")
+        answer.add_done_callback(lambda answer: ask("callback"))
+        gate.open()
+        until(lambda: len(said) == 2)
+        assert isinstance(said["callback"], errors.WouldDeadlock)
+        assert isinstance(said["listener"], Outcome)
+
+
+def test_a_time_out_in_virtual_time_costs_no_real_second() -> None:
+    """Whoever waits has driven for that long already."""
+
+    class Watched(Future[T]):
+        real_s = 0.0
+
+        def result(self, timeout: float | None = None) -> T:
+            assert timeout is not None
+            self.real_s += max(0.0, timeout)
+            return super().result(timeout)
+
+    never: Watched[None] = Watched()
+    manager = inline_manager(SimulatedWorld())
+    with pytest.raises(errors.OperationTimeout):
+        manager._driver.wait(never, 100.0)
+    assert never.real_s == 0.0
+
+
+class Suspended(SimulatedClock):
+    """A machine that somebody shuts the lid of, at one look at the clock."""
+
+    looks = 0
+    shut_at = 0
+
+    def monotonic(self) -> float:
+        self.looks += 1
+        if self.looks == self.shut_at:
+            self.advance(8.0)
+        return super().monotonic()
+
+
+def test_a_machine_may_be_suspended_between_any_two_looks_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timer that was due meanwhile is served late; nothing else comes of it."""
+    monkeypatch.setattr("gpu_fsm.simulation.world.SimulatedClock", Suspended)
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    assert isinstance(world.clock, Suspended)
+    world.clock.looks = 0
+    manager.drive_for(20.0)
+    for shut_at in range(1, world.clock.looks + 1):
+        world.clock.looks, world.clock.shut_at = 0, shut_at
+        looked = len(manager.journal)
+        manager.drive_for(20.0)
+        assert len(manager.journal) > looked
+
+
+def test_a_preempting_request_takes_the_place_of_one_that_waits_for_a_lease() -> None:
+    """At once, and not when the lease ends or the patience with it."""
+    world = SimulatedWorld(card_mib=6400.0)
+    manager = inline_manager(world)
+    manager.set_execution_mode("autopilot")
+    lease = manager.clip(holder="somebody")
+    elsewhere(lease.__enter__)
+    waiting = manager.submit_execution_mode("recording")
+    manager.drive_for(1.0)
+    assert not waiting.done()
+    before = world.clock.monotonic()
+    assert manager.set_execution_mode("autopilot", preempt=True).granted
+    assert world.clock.monotonic() - before < 1.0
+    assert isinstance(waiting.exception(0), errors.Superseded)
+    elsewhere(lambda: lease.__exit__(None, None, None))
+
+
+def test_of_two_losses_the_first_is_named() -> None:
+    """What came first may have brought about what came second."""
+    manager = inline_manager(SimulatedWorld())
+    manager.set_execution_mode("recording")
+    manager._driver.report(errors.CudaPoisoned(detail="an illegal address"))
+    manager._driver.report(errors.GpuLost(detail="it has fallen off the bus"))
+    manager.drive_for(0.0)
+    reason = manager.get_status().reason
+    assert reason is not None
+    assert reason.code == "cuda_poisoned"
+
+
+def test_a_request_after_a_loss_waits_for_no_timer() -> None:
+    """What was reported is served, and then at once what was asked."""
+    world = SimulatedWorld()
+    manager = inline_manager(world)
+    manager.drive_for(1.0)
+    before = world.clock.monotonic()
+    manager._driver.report(errors.CudaPoisoned(detail="an illegal address"))
+    manager.set_execution_mode("idle")
+    assert world.clock.monotonic() - before < 0.1
+
+
+def test_the_driver_sleeps_until_the_next_timer_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither shorter, which costs processor time, nor longer, which leaves a lost VLM unseen."""
+    world = SimulatedWorld()
+    sleeps: list[tuple[float, float | None]] = []
+    wait = world.clock.wait
+
+    def watch(condition: threading.Condition, timeout_s: float | None) -> None:
+        sleeps.append((world.clock.monotonic(), timeout_s))
+        wait(condition, timeout_s)
+
+    monkeypatch.setattr(world.clock, "wait", watch)
+    with threaded(world) as manager:
+
+        def asleep() -> tuple[float, float | None]:
+            seen = len(sleeps)
+            manager._driver.notify()
+            until(lambda: len(sleeps) > seen)
+            return sleeps[-1]
+
+        until(lambda: sleeps)
+        (due,) = (timer.due_at for timer in manager.get_status().timers)
+        for before_s in (12.0, 0.25):
+            world.clock.advance_to(due - before_s)
+            since, timeout_s = asleep()
+            assert timeout_s is not None
+            assert since + timeout_s == pytest.approx(due)
+
+
+def test_what_is_asked_between_looking_and_sleeping_is_not_overlooked() -> None:
+    """The driver has just seen that there is nothing to do; the request wakes it all the same."""
+    with threaded(SimulatedWorld()) as manager:
+        manager.set_execution_mode("idle")
+        driver = manager._driver
+        look, answers = driver._has_work, list[Future[Outcome]]()
+
+        def look_and_be_asked() -> bool:
+            found = look()
+            if not found and not answers:
+                answers.append(manager.submit_execution_mode("recording"))
+            return found
+
+        driver._has_work = look_and_be_asked  # type: ignore[method-assign]
+        driver.notify()
+        until(lambda: answers)
+        assert answers[0].result(PATIENCE_S).granted
+
+
+def test_what_runs_in_the_drivers_thread_between_two_drives_may_not_wait_either() -> None:
+    """The garbage collector may run anything there: it is refused, and the driver lives."""
+    with threaded(SimulatedWorld()) as manager:
+        manager.set_execution_mode("idle")
+        driver = manager._driver
+        look, refusals = driver._has_work, list[errors.WouldDeadlock]()
+
+        def look_and_finalize() -> bool:
+            if not refusals:
+                with pytest.raises(errors.WouldDeadlock) as refusal:
+                    manager.set_execution_mode("autopilot")
+                refusals.append(refusal.value)
+            return look()
+
+        driver._has_work = look_and_finalize  # type: ignore[method-assign]
+        driver.notify()
+        until(lambda: refusals)
+        assert manager.set_execution_mode("recording").granted
+
+
+def test_the_status_counts_all_who_wait() -> None:
+    """One for a lease, the others for their turn."""
+    manager = inline_manager(SimulatedWorld(card_mib=6400.0))
+    manager.set_execution_mode("autopilot")
+    lease = manager.clip(holder="somebody")
+    elsewhere(lease.__enter__)
+    counted = []
+    for mode in ("recording", "autopilot", "recording", "idle"):
+        manager.submit_execution_mode(mode)
+        manager.drive_for(0.0)
+        counted.append(manager.get_status().queued)
+    assert counted == [1, 2, 3, 4]
+    elsewhere(lambda: lease.__exit__(None, None, None))
+
+
+def test_events_that_nobody_fetches_make_room_for_newer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest are lost, and the machine does not notice."""
+    monkeypatch.setattr("gpu_fsm.driver.BACKLOG", 2)
+    manager = inline_manager(SimulatedWorld())
+    told: list[Event] = []
+    everything: list[Event] = []
+    tell: Callable[[Event | None], None] = manager._driver.tell
+
+    def watch(event: Event | None) -> None:
+        assert event is not None
+        everything.append(event)
+        tell(event)
+
+    manager.subscribe(told.append)
+    monkeypatch.setattr(manager._driver, "tell", watch)
+    assert manager.set_execution_mode("recording").granted
+    assert len(told) == 2
+    assert told == everything[-2:]
+
+
+def test_a_setting_that_does_not_exist_is_named_in_at_most_80_characters() -> None:
+    """However long the name is, the message stays a line."""
+    manager = inline_manager(SimulatedWorld())
+    with pytest.raises(errors.ConfigError) as refusal:
+        manager.reconfigure(**{"vlm_modell" * 100: "llava"})
+    assert refusal.value.name == ("vlm_modell" * 8)[:77] + "..."
