@@ -51,6 +51,7 @@ STAGES = (
 TESTS = tuple(file for stage in STAGES for file in stage)
 FILES = tuple(file.partition("::")[0] for file in TESTS)
 WANTED = 0.9
+NO_END_S = 1e9
 REASONS = ROOT / "tests" / "data" / "automatic-mutants.toml"
 REPORT = ROOT / "tests" / "data" / "automatic-mutants.json"
 KINDS = ("equivalent", "defensive", "missing oracle")
@@ -281,6 +282,7 @@ def report_of(
     )
     return {
         "ok": ok,
+        "test_seconds": session.test_seconds if session.test_seconds < NO_END_S else None,
         **counts,
         "failing": failing,
         "rules": mutants.RULES,
@@ -340,8 +342,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tests.automutants", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", metavar="MODULE[:FUNCTION]", action="append", help=f"of {', '.join(MODULES)}")
-    parser.add_argument("--seconds", metavar="S", type=float, default=1e9, help="stop then; the next run goes on")
-    parser.add_argument("--test-seconds", metavar="S", type=float, default=1e9, help="a quick look: so much a mutant")
+    parser.add_argument("--seconds", metavar="S", type=float, default=NO_END_S, help="stop then; the next run goes on")
+    parser.add_argument(
+        "--test-seconds", metavar="S", type=float, default=NO_END_S, help="a quick look: so much a mutant"
+    )
     parser.add_argument("--session", metavar="FILE", type=Path, help="what is known (default: in the temporary folder)")
     parser.add_argument("--report", action="store_true", help=f"write {REPORT.relative_to(ROOT)} (whole runs only)")
     parser.add_argument("--no-run", action="store_true", help="only say what is known")
