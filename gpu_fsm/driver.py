@@ -24,7 +24,7 @@ from gpu_fsm import errors
 from gpu_fsm.cardlock import CardLock
 from gpu_fsm.engine import Engine
 from gpu_fsm.events import Event
-from gpu_fsm.leases import LeaseBook, held_here
+from gpu_fsm.leases import LeaseBook
 from gpu_fsm.ports import CLIPHost, Clock, VLMServer, VRAMProbe
 from gpu_fsm.settings import GPUResourceConfig, changes
 from gpu_fsm.status import ClipPlace, ExecutionMode, GPUResourceStatus
@@ -151,7 +151,7 @@ class Driver:
             place=place,
             preempt=preempt,
             lease_for=lease_for,
-            holds=held_here(),
+            holds=self.leases.held_by_caller(),
             posted_at=self.clock.monotonic(),
         )
         self._enqueue(ticket)
@@ -208,7 +208,7 @@ class Driver:
             first = self._closing is None
             if self._closing is None:
                 now = self.clock.monotonic()
-                self._closing = Ticket(kind="close", preempt=True, holds=held_here(), posted_at=now)
+                self._closing = Ticket(kind="close", preempt=True, holds=self.leases.held_by_caller(), posted_at=now)
             ticket = self._closing
         if first:
             self._enqueue(ticket)  # under no lock of ours: it runs the callbacks of those it displaces

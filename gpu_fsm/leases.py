@@ -221,6 +221,11 @@ class LeaseBook:
         with self._locked():
             return self._holders()
 
+    def held_by_caller(self) -> frozenset[int]:
+        """Leases of this book that the calling thread or task holds, and that have not ended elsewhere; no lock."""
+        held = held_here()
+        return held & self._leases.keys() if held else held
+
     @property
     def vlm_held(self) -> bool:
         """Whether somebody holds the VLM; takes no lock."""

@@ -249,6 +249,28 @@ def test_a_holder_is_not_queued_behind_who_waits_for_it(asks: str) -> None:
     assert first.result(0).granted
 
 
+def test_a_lease_that_ended_elsewhere_gives_nobody_a_place_in_front() -> None:
+    """Taken here, given back by a callback of somebody else's: who took it waits for its turn like everybody."""
+    world = SimulatedWorld()
+    manager = inline(world, drain_timeout_s=60)
+
+    def lend() -> None:
+        manager.set_execution_mode("autopilot")
+        taken = manager.clip(holder="a while ago")
+        taken.__enter__()
+        contextvars.Context().run(taken.__exit__, None, None, None)
+        other = Elsewhere(manager, "clip")
+        first = manager.submit_execution_mode("recording")
+        second = manager.submit_execution_mode("autopilot")
+        manager.drive_for(1)
+        assert (first.done(), second.done()) == (False, False)
+        other.end()
+        manager.drive_for(30)
+        assert first.result(0).granted
+
+    contextvars.Context().run(lend)
+
+
 def test_a_waiting_request_is_superseded_by_a_preempting_one() -> None:
     """Waiting for leases ends with `Superseded` when something newer comes."""
     world = SimulatedWorld()
