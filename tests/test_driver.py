@@ -26,7 +26,7 @@ from gpu_fsm.simulation import SimulatedClock, SimulatedWorld
 from gpu_fsm.states import TABLE, Row
 from gpu_fsm.status import State
 from gpu_fsm.testing.stateful import elsewhere, inline_manager
-from gpu_fsm.tickets import Outcome
+from gpu_fsm.tickets import Group, Outcome
 from tests.waiting import PATIENCE_S, Gate, until
 from tests.worlds import threaded
 
@@ -521,3 +521,21 @@ def test_a_setting_that_does_not_exist_is_named_in_at_most_80_characters() -> No
     with pytest.raises(errors.ConfigError) as refusal:
         manager.reconfigure(**{"vlm_modell" * 100: "llava"})
     assert refusal.value.name == ("vlm_modell" * 8)[:77] + "..."
+
+
+def test_a_defect_of_ours_does_not_end_the_driving(caplog: pytest.LogCaptureFixture) -> None:
+    """It is told, and whoever asks next is served."""
+    manager = threaded(SimulatedWorld())
+    engine = manager._driver.engine
+    deliver = engine.deliver
+
+    def break_once(group: Group) -> None:
+        engine.deliver = deliver  # type: ignore[method-assign]
+        deliver(group)
+        raise KeyError("a defect")
+
+    engine.deliver = break_once  # type: ignore[method-assign]
+    assert manager.set_execution_mode("recording", timeout_s=PATIENCE_S).granted
+    assert manager.set_execution_mode("autopilot", timeout_s=PATIENCE_S).granted
+    assert "the driver met a defect" in caplog.text
+    manager.close()
