@@ -236,8 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def done(ran: Ran) -> None:
         results.append(judge(by_name[ran.name], ran, enough=1 if options.properties else 2))
-        if not options.json:
-            print(line(results[-1], width), flush=True)
+        print(line(results[-1], width), file=sys.stderr if options.json else sys.stdout, flush=True)
 
     run_all([job_of(mutant, mutant.area, options) for mutant in mutants], options.jobs, done)
     absent = [] if options.only else missing(every)
