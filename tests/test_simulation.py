@@ -298,9 +298,13 @@ def test_the_running_clock_keeps_appointments_by_itself() -> None:
     """In real time, in order, cancelled ones left out; `close` ends its thread."""
     clock = RunningClock()
     kept: list[int] = []
-    clock.after(0.02, lambda: kept.append(2))
-    clock.after(0.001, lambda: kept.append(1))
-    clock.after(0.01, lambda: kept.append(3)).cancel()
+    made = threading.Event()
+    clock.after(0.0, lambda: made.wait(10.0))  # nothing is kept before all are made
+    now = clock.monotonic()
+    clock.at(now + 0.02, lambda: kept.append(2))
+    clock.at(now + 0.001, lambda: kept.append(1))
+    clock.at(now + 0.01, lambda: kept.append(3)).cancel()
+    made.set()
     assert eventually(lambda: len(kept) == 2)
     clock.close()
     assert kept == [1, 2]
