@@ -342,6 +342,17 @@ def c01_out_of_memory_on_the_way_up(bench: Bench) -> None:
     until(lambda: manager.set_execution_mode("autopilot").granted)
 
 
+def c01_out_of_memory_while_making_the_context(bench: Bench) -> None:
+    """A context bigger than planned tells its lack of room as any error of the runtime: the device is asked again."""
+    bench.gpu.reset(total_mib=CARD_MIB, context_mib=CARD_MIB)
+    manager = bench.make()
+    outcome = manager.set_execution_mode("autopilot")
+    assert outcome.reason is not None
+    assert (outcome.reason.code, outcome.reason.bucket) == ("vram_insufficient", "settle")
+    bench.gpu.reset(total_mib=CARD_MIB, context_mib=CONTEXT_MIB)
+    until(lambda: manager.set_execution_mode("autopilot").granted)
+
+
 def c02_out_of_memory_half_way(bench: Bench) -> None:
     """No tensor stays behind, nothing stays allocated."""
     host = host_of(bench.make())
@@ -369,6 +380,10 @@ def c04_device_side_assert(bench: Bench) -> None:
     with manager.clip() as clip:
         assert clip.encode(ITEMS).shape == (3, 16)
     bench.gpu.break_down(False)
+    before = bench.gpu.figures().all_allocations
+    with pytest.raises(CudaPoisoned):
+        host_of(manager).to_gpu()
+    assert bench.gpu.figures().all_allocations == before
 
 
 def c05_a_move_waits_for_the_encode(bench: Bench) -> None:
@@ -381,6 +396,21 @@ def c05_a_move_waits_for_the_encode(bench: Bench) -> None:
         clip.encode(ITEMS, batch_size=1)
         assert (before, clip.device) == ("cpu", "cpu")
     assert moving.result(20.0).granted
+
+
+def c05_a_batch_keeps_a_careless_move_out(bench: Bench) -> None:
+    """Also without a lease: in the middle of a batch nobody gets hold of the weights."""
+    host = host_of(bench.make(drain_timeout_s=0.05))
+    reference = host.encode(ITEMS)
+    refused: list[BaseException | None] = []
+    text_tower = host._model[0].model.text_model
+    hook = text_tower.register_forward_pre_hook(lambda *_: refused.append(in_thread(host.to_gpu).exception(20.0)))
+    try:
+        assert np.array_equal(host.encode(ITEMS), reference)
+    finally:
+        hook.remove()
+    assert ["not moved" in str(error) for error in refused] == [True]
+    assert bench.gpu.figures().all_allocations == 0
 
 
 def c06_encodes_are_served_one_at_a_time(bench: Bench) -> None:
@@ -400,6 +430,29 @@ def c07_no_encode_moves_the_model(bench: Bench) -> None:
             clip.encode(ITEMS, device="cpu")  # type: ignore[call-arg]
         clip.encode(ITEMS)
         assert clip.device == "fakegpu:0"
+
+
+def c07_half_a_model_on_the_card_is_seen(bench: Bench) -> None:
+    """Somebody moved one tower: whichever it is, CLIP counts as on the GPU and is brought home before the load."""
+    manager = bench.make()
+    model = host_of(manager)._model[0].model
+    for tower in (model.text_model, model.vision_model):
+        tower.to("fakegpu")
+        assert (host_of(manager).place, host_of(manager).device) == ("gpu", "mixed")
+        assert manager.set_execution_mode("recording").granted
+        assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
+        assert bench.gpu.figures().allocated == 0
+        assert manager.set_execution_mode("idle").granted
+
+
+def c08_the_context_is_planned_for(bench: Bench) -> None:
+    """Room for the weights and a batch is not enough for the first move of a process: nothing is tried."""
+    manager = bench.make(on_shortage="refuse", check_interval_s=0.05)
+    bench.take(bench.game.free_mib - manager.config.reserve_mib - host_of(manager).needed_mib + CONTEXT_MIB / 2)
+    until(lambda: manager.get_status().vram.free_mib == pytest.approx(bench.game.free_mib))
+    with pytest.raises(InsufficientVRAM):
+        manager.set_execution_mode("autopilot")
+    assert bench.gpu.figures().all_allocations == 0
 
 
 def c08_the_context_stays(bench: Bench) -> None:
@@ -464,14 +517,15 @@ def c13_threads_are_bounded(bench: Bench) -> None:
     """On the CPU CLIP takes four at most, and gives the program's own number back."""
     host, before = host_of(bench.make()), torch.get_num_threads()
     seen: list[int] = []
-    host._model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    hook = host._model[0].register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
     try:
         torch.set_num_threads(clip_module.CPU_THREADS + 2)
         host.encode(ITEMS)
         assert torch.get_num_threads() == clip_module.CPU_THREADS + 2
     finally:
         torch.set_num_threads(before)
-    assert not seen or max(seen) <= clip_module.CPU_THREADS
+        hook.remove()
+    assert set(seen) == {clip_module.CPU_THREADS}
 
 
 def c14_embeddings_agree_across_devices(bench: Bench) -> None:
@@ -479,6 +533,8 @@ def c14_embeddings_agree_across_devices(bench: Bench) -> None:
     host = host_of(bench.make())
     home = host.encode(ITEMS)
     host.to_gpu()
+    tensors = (*host._model.parameters(), *host._model.buffers())
+    assert {str(tensor.device) for tensor in tensors} == {"fakegpu:0"}
     away = host.encode(ITEMS)
     host.to_cpu()
     assert (np.sum(home * away, axis=1) >= 0.9999).all()
@@ -499,12 +555,16 @@ def c16_the_device_is_named_with_its_index(bench: Bench) -> None:
 
 C_ROWS: dict[str, Callable[[Bench], None]] = {
     "C01": c01_out_of_memory_on_the_way_up,
+    "C01-context": c01_out_of_memory_while_making_the_context,
     "C02": c02_out_of_memory_half_way,
     "C04": c04_device_side_assert,
     "C05": c05_a_move_waits_for_the_encode,
+    "C05-careless": c05_a_batch_keeps_a_careless_move_out,
     "C06": c06_encodes_are_served_one_at_a_time,
     "C07": c07_no_encode_moves_the_model,
+    "C07-half": c07_half_a_model_on_the_card_is_seen,
     "C08": c08_the_context_stays,
+    "C08-planned": c08_the_context_is_planned_for,
     "C09": c09_the_cache_is_given_back_before_the_load,
     "C10": c10_a_forked_child_is_told,
     "C12": c12_a_model_is_loaded_onto_the_cpu,

@@ -990,14 +990,17 @@ def test_an_interrupt_in_a_move_leaves_the_model_whole(gpu: FakeGPU, make: Makin
 
 @needs_device
 def test_a_model_moved_behind_our_back_is_seen_and_brought_home(gpu: FakeGPU, make: Making) -> None:
-    """Row C07: the place is read from the tensors, not remembered."""
+    """Row C07: the place is read from the tensors, from every one of them, not remembered."""
     host = make()
     reference = host.encode(ITEMS)
-    host._model.to("fakegpu")
-    assert (host.place, host.device) == ("gpu", "fakegpu:0")
-    host.to_cpu()
-    assert host.place == "cpu"
-    assert np.array_equal(host.encode(ITEMS), reference)
+    whole = host._model[0].model
+    for moved in (host._model, whole.text_model, whole.vision_model):
+        moved.to("fakegpu")
+        assert (host.place, host.device) == ("gpu", "fakegpu:0" if moved is host._model else "mixed")
+        host.to_cpu()
+        assert host.device == "cpu"
+        assert gpu.figures().allocated == 0
+        assert np.array_equal(host.encode(ITEMS), reference)
 
 
 # --- threads and life ------------------------------------------------------------------------------------------------

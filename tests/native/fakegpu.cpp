@@ -111,7 +111,8 @@ struct Allocator final : c10::DeviceAllocator {
     TORCH_CHECK_WITH(
         OutOfMemoryError, b.fail_at < 0 || b.fail_at-- != 0, "FAKEGPU out of memory. Tried to allocate ", n, " bytes");
     if (!b.has_context) {
-      TORCH_CHECK_WITH(OutOfMemoryError, b.take(b.context), "FAKEGPU out of memory while making the context");
+      // The driver makes the context, not the allocator: torch tells this as any other error of the runtime.
+      if (!b.take(b.context)) throw c10::AcceleratorError({__func__, __FILE__, __LINE__}, 2, "FAKEGPU error: out of memory");
       b.has_context = true;
       b.context_paid = b.context;
     }
