@@ -448,7 +448,10 @@ def c07_half_a_model_on_the_card_is_seen(bench: Bench) -> None:
 def c08_the_context_is_planned_for(bench: Bench) -> None:
     """Room for the weights and a batch is not enough for the first move of a process: nothing is tried."""
     manager = bench.make(on_shortage="refuse", check_interval_s=0.05)
-    bench.take(bench.game.free_mib - manager.config.reserve_mib - host_of(manager).needed_mib + CONTEXT_MIB / 2)
+    tensors = (*host_of(manager)._model.parameters(), *host_of(manager)._model.buffers())
+    weights_mib = sum(tensor.nbytes for tensor in tensors) / 2**20
+    enough_later_mib = manager.config.reserve_mib + weights_mib + clip_module.ACTIVATIONS_MIB + CONTEXT_MIB / 2
+    bench.take(bench.game.free_mib - enough_later_mib)
     until(lambda: manager.get_status().vram.free_mib == pytest.approx(bench.game.free_mib))
     with pytest.raises(InsufficientVRAM):
         manager.set_execution_mode("autopilot")
