@@ -7,15 +7,7 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from gpu_fsm.errors import (
-    ClipUnavailable,
-    CudaPoisoned,
-    GPUFSMError,
-    GpuLost,
-    InsufficientVRAM,
-    ModelNotFound,
-    OllamaUnavailable,
-)
+from gpu_fsm import errors
 from gpu_fsm.guards import (
     PREDICATES,
     START_OLLAMA,
@@ -158,7 +150,9 @@ def test_memory_at_the_floor_is_not_under_it(free_mib: float | None, short: bool
     )
 
 
-@pytest.mark.parametrize(("free_mib", "reason"), [(100.0, InsufficientVRAM), (800.0, None), (799.0, InsufficientVRAM)])
+@pytest.mark.parametrize(
+    ("free_mib", "reason"), [(100.0, errors.InsufficientVRAM), (800.0, None), (799.0, errors.InsufficientVRAM)]
+)
 def test_what_is_given_back_first_counts_as_room(free_mib: float, reason: type[Exception] | None) -> None:
     """CLIP takes the place of the VLM, or the other way round; what is on its way back counts too."""
     swap = Plan(clip="cpu", vlm=True)
@@ -176,8 +170,8 @@ def test_a_lost_card_forbids_what_would_go_on_it_and_nothing_else() -> None:
     """The VLM where Ollama shares the card, CLIP's way up; not the way down."""
     lost = {"vram": VRAMInfo(lost=True), "gpu_usable": False}
 
-    assert isinstance(why_not(snapshot(seen=lost)), GpuLost)
-    assert isinstance(why_not(snapshot("autopilot", Plan(clip="gpu", vlm=False), seen=lost)), GpuLost)
+    assert isinstance(why_not(snapshot(seen=lost)), errors.GpuLost)
+    assert isinstance(why_not(snapshot("autopilot", Plan(clip="gpu", vlm=False), seen=lost)), errors.GpuLost)
     assert why_not(snapshot(on_our_card=False, seen=lost)) is None
     assert why_not(snapshot("autopilot", Plan(clip="cpu", vlm=False), seen=lost)) is None
 
@@ -193,7 +187,7 @@ def test_of_what_is_not_told_the_harmless_is_taken() -> None:
     both = Plan(clip="gpu", vlm=True)
     wants = Snapshot(aim=Aim(mode=ExecutionMode.RECORDING, plan=both), seen=Observation(residency=OUT, clip="cpu"))
     assert (wants.acquire_mib, wants.reclaimable_mib, shortage(wants).reserve_mib) == (0.0, 0.0, 0.0)
-    assert isinstance(why_not(wants), ClipUnavailable)
+    assert isinstance(why_not(wants), errors.ClipUnavailable)
     assert not holds("blocked", wants)
     assert not holds("blocked_by_caller", wants)
     assert target(ExecutionMode.RECORDING, None, s).clip == "cpu"
@@ -386,37 +380,37 @@ def test_a_clip_that_is_not_there_is_missed_only_by_who_needs_it(trigger: str) -
     cpu, without = Plan(clip="cpu", vlm=False), Plan(vlm=False)
     moved = trigger == "migrate_clip"
 
-    assert isinstance(why_not(snapshot("autopilot", cpu, trigger=trigger, seen=gone)), ClipUnavailable)
+    assert isinstance(why_not(snapshot("autopilot", cpu, trigger=trigger, seen=gone)), errors.ClipUnavailable)
     assert why_not(snapshot("autopilot", without, trigger=trigger, seen=gone)) is None
     for mode in ("idle", "recording"):
-        assert isinstance(why_not(snapshot(mode, cpu, trigger=trigger, seen=gone)), ClipUnavailable) is moved
+        assert isinstance(why_not(snapshot(mode, cpu, trigger=trigger, seen=gone)), errors.ClipUnavailable) is moved
         assert why_not(snapshot(mode, without, trigger=trigger, seen=gone)) is None
 
 
 REFUSED = Residency(answer=Answer.NO, refused=True)
 UP, VLM_IN = Plan(clip="gpu", vlm=False), Plan(clip="cpu", vlm=True)
-TOLD: dict[str, tuple[type[GPUFSMError], Plan, dict[str, Any], dict[str, Any], str]] = {
+TOLD: dict[str, tuple[type[errors.GPUFSMError], Plan, dict[str, Any], dict[str, Any], str]] = {
     "no CLIP": (
-        ClipUnavailable, UP, {"clip": "none"}, {"gpu_unusable_reason": "its file is broken"}, "no CLIP is managed"
+        errors.ClipUnavailable, UP, {"clip": "none"}, {"gpu_unusable_reason": "its file broke"}, "no CLIP is managed"
     ),
     "CLIP's card has gone": (
-        GpuLost, UP, {"gpu_usable": False, "vram": VRAMInfo(lost=True)},
+        errors.GpuLost, UP, {"gpu_usable": False, "vram": VRAMInfo(lost=True)},
         {"vram": VRAMInfo(lost=True, detail="fell off the bus")}, "the GPU has gone",
     ),
     "the VLM's card has gone": (
-        GpuLost, VLM_IN, {"vram": VRAMInfo(lost=True)},
+        errors.GpuLost, VLM_IN, {"vram": VRAMInfo(lost=True)},
         {"vram": VRAMInfo(lost=True, detail="fell off the bus")}, "the GPU has gone",
     ),
     "there never was a GPU for CLIP": (
-        ClipUnavailable, UP, {"gpu_usable": False, "gpu_expected": False},
+        errors.ClipUnavailable, UP, {"gpu_usable": False, "gpu_expected": False},
         {"gpu_unusable_reason": "torch has no CUDA"}, "this process has no usable GPU",
     ),
     "the process has lost its GPU": (
-        CudaPoisoned, UP, {"gpu_usable": False},
+        errors.CudaPoisoned, UP, {"gpu_usable": False},
         {"gpu_unusable_reason": "an illegal access"}, "this process has no usable GPU",
     ),
     "nobody listens": (
-        OllamaUnavailable, VLM_IN, {"residency": REFUSED},
+        errors.OllamaUnavailable, VLM_IN, {"residency": REFUSED},
         {"residency": evolve(REFUSED, detail="port 11434 is shut")}, "Ollama refuses connections",
     ),
 }  # fmt: skip
@@ -441,7 +435,7 @@ def test_a_model_that_ollama_does_not_have_is_refused_to_who_would_load_it(prese
     """Only where it is definitely not there; who has it in already, or wants it out, is not refused for it."""
     catalog = Catalog(present=present)
 
-    assert isinstance(why_not(snapshot(seen={"catalog": catalog})), ModelNotFound) is refused
+    assert isinstance(why_not(snapshot(seen={"catalog": catalog})), errors.ModelNotFound) is refused
     assert why_not(snapshot(seen={"catalog": catalog, "residency": resident(5000.0, 5000.0)})) is None
     assert why_not(snapshot("autopilot", UP, seen={"catalog": catalog})) is None
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -385,56 +386,50 @@ def test_what_another_client_loads_later_in_degraded_is_not_held_against_the_man
         machine.teardown()
 
 
-def begin_small(machine: testing.GPUStateMachine, *, trouble: str, reclaim_s: float = 0.3) -> None:
-    """A card for one model at a time, whose driver does not tell who holds memory."""
-    machine.begin(
-        gpu=True,
-        clip=True,
-        card_mib=6400.0,
-        tells_holders=False,
-        version="0.32.15",
-        on_shortage="degrade",
-        on_partial_offload="reload",
-        idle_timeout_s=20.0,
-        troubles={trouble},
-        reclaim_s=reclaim_s,
-    )
+@contextlib.contextmanager
+def small_card(*, trouble: str, reclaim_s: float = 0.3) -> Iterator[testing.GPUStateMachine]:
+    """A story on a card for one model at a time, whose driver does not tell who holds memory."""
+    machine = testing.GPUStateMachine()
+    try:
+        machine.begin(
+            gpu=True,
+            clip=True,
+            card_mib=6400.0,
+            tells_holders=False,
+            version="0.32.15",
+            on_shortage="degrade",
+            on_partial_offload="reload",
+            idle_timeout_s=20.0,
+            troubles={trouble},
+            reclaim_s=reclaim_s,
+        )
+        yield machine
+    finally:
+        machine.teardown()
 
 
 def test_a_refused_preempting_request_leaves_what_stood_wanted() -> None:
     """S6 ends with the refusal, also where an equal request came behind it (fuzz seed 107)."""
-    machine = testing.GPUStateMachine()
-    try:
-        begin_small(machine, trouble="outages")
+    with small_card(trouble="outages") as machine:
         machine.request(mode=ExecutionMode.RECORDING, preempt=False, myself=False)
         machine.stop_ollama(kill=False)
         machine.take_lease(model="clip")
         machine.burst(asked=[(ExecutionMode.AUTOPILOT, True), (ExecutionMode.AUTOPILOT, False)])
         machine.nobody_uses_it()
         machine.every_promise_is_kept()
-    finally:
-        machine.teardown()
 
 
 def test_a_renewal_that_puts_a_dead_runner_right_has_the_room_of_the_dead_one() -> None:
     """S5 is about what was decided on; here Ollama itself finds the runner dead (rules of the long proof, 1000190)."""
-    machine = testing.GPUStateMachine()
-    try:
-        begin_small(machine, trouble="faults")
+    with small_card(trouble="faults") as machine:
         machine.meet_a_fault(agent_first=False, fault=("ollama.generate", "runner_dies"), healed=False, times=1, way=0)
         machine.stray_event(what="renew")
         machine.every_promise_is_kept()
-    finally:
-        machine.teardown()
 
 
 def test_another_client_s_load_has_ended_before_everything_is_called_well() -> None:
     """L2 begins when nothing is in the way; a load that turned the VLM out takes longer (rules, 1000261)."""
-    machine = testing.GPUStateMachine()
-    try:
-        begin_small(machine, trouble="others", reclaim_s=2.5)
+    with small_card(trouble="others", reclaim_s=2.5) as machine:
         machine.take_lease(model="vlm")
         machine.other_client(what="other")
         machine.converge(mode=ExecutionMode.RECORDING)
-    finally:
-        machine.teardown()
