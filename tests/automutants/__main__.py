@@ -244,10 +244,15 @@ def run(chosen: Sequence[Mutant], session: Session, seconds: float, test_seconds
 # --- the report ---
 
 
+def _is_in(key: str, wanted: Iterable[str]) -> bool:
+    """Whether a mutant belongs to one of the modules, or MODULE:FUNCTION, that are asked for."""
+    return any(key.startswith(f"{want}:") for want in wanted)
+
+
 def report_of(
     chosen: Sequence[Mutant], left_out: dict[str, Counter[str]], session: Session, reasons: dict[str, Reason]
 ) -> dict[str, Any]:
-    """The whole story, as it goes to the report's file."""
+    """The whole story, as it goes to the report's file; `reasons` of the modules and functions of `chosen`."""
     by_file: dict[str, dict[str, Any]] = {}
     survivors = []
     for module in dict.fromkeys(mutant.module for mutant in chosen):
@@ -269,9 +274,9 @@ def report_of(
                     "why": reason.why if reason else None,
                 }
             )
-    alive = {mutant.key for mutant in chosen if session.verdicts.get(mutant.key, Verdict("")).word == "survived"}
-    modules = {mutant.module for mutant in chosen}
-    stale = [key for key in reasons if key not in alive and key.partition(":")[0] in modules]
+    silent = Verdict("")
+    may_live = {m.key for m in chosen if session.verdicts.get(m.key, silent).word in ("", "survived")}
+    stale = [key for key in reasons if key not in may_live]
     counts = _counts(chosen, session)
     failing = [name for names in session.failing.values() for name in names]
     ok = (
@@ -362,10 +367,10 @@ def main(arguments: list[str] | None = None) -> int:
     for module in MODULES:
         if any(want.partition(":")[0] == module for want in wanted):
             found, left_out[module] = _generated(module, session)
-            chosen += [m for m in found if any(f"{m.module}:{m.function}:".startswith(f"{want}:") for want in wanted)]
+            chosen += [mutant for mutant in found if _is_in(mutant.key, wanted)]
     if not chosen:
         parser.error("no such mutant")
-    reasons = read_reasons()
+    reasons = {key: reason for key, reason in read_reasons().items() if _is_in(key, wanted)}
     if not options.no_run:
         run(chosen, session, options.seconds, options.test_seconds)
     report = report_of(chosen, left_out, session, reasons)
