@@ -514,8 +514,9 @@ class Engine:
         head = successors[0]
         displaced = errors.displaced_by(head.kind)
         self._refuse(displaced)
-        for ticket in self.drop_waiting():
+        for ticket in self.waiting:
             ticket.refuse(displaced)
+        self.drop_waiting()
         self._serving = successors
         for_stable = attrs.evolve(s, trigger=head.kind, asked=head.mode)
         aim = self._aim_of(head.kind, head, for_stable)

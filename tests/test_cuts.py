@@ -8,7 +8,7 @@ the first as well.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from gpu_fsm.errors import GPUFSMError
 from gpu_fsm.manager import GPUResourceManager
 from gpu_fsm.simulation import SimulatedWorld
 from gpu_fsm.states import STABLE
+from gpu_fsm.status import State
 from gpu_fsm.testing.stateful import inline_manager
 from gpu_fsm.tickets import Outcome
 
@@ -73,7 +74,7 @@ class Story:
 
     world: SimulatedWorld
     manager: GPUResourceManager
-    asked: tuple[Future[Outcome], ...]
+    asked: Sequence[Future[Outcome]]
     act: Callable[[], object]
 
 
@@ -128,6 +129,31 @@ def a_superseded_wait() -> Story:
     return Story(world, manager, (waits, preempts), act)
 
 
+def a_takeover() -> Story:
+    """A request that waits for a lease while something else moves, and one that takes over in the middle of that."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, check_interval_s=2.0)
+    manager.set_execution_mode("autopilot")
+    manager.ensure_vlm_loaded()
+    lease = manager._driver.leases.ask_clip(HOLDER).result(0)
+    asked = [manager.submit_execution_mode("recording")]
+    manager.drive_for(1)
+    world.ollama.foreign_unload(world.vlm.name)
+
+    def take_over(op: str, phase: str) -> None:
+        if manager._driver.engine.state is State.RELEASING and len(asked) == 1:
+            asked.append(manager.submit_execution_mode("idle", preempt=True))
+
+    world.on_io.append(take_over)
+
+    def act() -> None:
+        manager.drive_for(9)
+        manager._driver.leases.release(lease)
+        manager.drive_for(60)
+
+    return Story(world, manager, asked, act)
+
+
 def a_failure() -> Story:
     """A load that fails, DEGRADED, and the way back."""
     world = SimulatedWorld()
@@ -146,7 +172,7 @@ def a_close() -> Story:
     return Story(world, manager, asked, lambda: manager.drive_for(60))
 
 
-STORIES = (a_mode, a_lease, a_wait_for_a_lease, a_superseded_wait, a_failure, a_close)
+STORIES = (a_mode, a_lease, a_wait_for_a_lease, a_superseded_wait, a_takeover, a_failure, a_close)
 
 
 def chosen(places: list[Place]) -> list[int]:
