@@ -132,7 +132,7 @@ def a_superseded_wait() -> Story:
 def a_takeover() -> Story:
     """A request that waits for a lease while something else moves, and one that takes over in the middle of that."""
     world = SimulatedWorld()
-    manager = inline_manager(world, check_interval_s=2.0)
+    manager = inline_manager(world, check_interval_s=5.0)
     manager.set_execution_mode("autopilot")
     manager.ensure_vlm_loaded()
     lease = manager._driver.leases.ask_clip(HOLDER).result(0)
