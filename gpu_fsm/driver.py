@@ -364,7 +364,7 @@ class Driver:
         if engine.waiting_is_due():
             engine.deliver(engine.waiting)
             return self._after()
-        group = self.mailbox.take_of_a_holder() if engine.waiting else self.mailbox.take()
+        group = self.mailbox.take_of_a_holder(self.leases.version) if engine.waiting else self.mailbox.take()
         if group:
             engine.deliver(group)
             return self._after()
@@ -404,8 +404,10 @@ class Driver:
     def _has_work(self) -> bool:
         if self._torn or self._new_config is not None or self._reports or self.engine.waiting_is_due():
             return True
-        if len(self.mailbox) and (not self.engine.waiting or self.mailbox.head_preempts() or self.mailbox.has_a_holder):
-            return True
+        if len(self.mailbox):
+            passing = self.mailbox.head_preempts() or self.mailbox.has_a_holder(self.leases.version)
+            if passing or not self.engine.waiting:
+                return True
         due = self._due()
         return due is not None and due <= self.clock.monotonic()
 

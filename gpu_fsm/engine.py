@@ -125,7 +125,8 @@ class Engine:
         self._serving: Group = ()
         self.waiting: Group = ()
         self._waiting_models: frozenset[str] = frozenset()
-        self._lease_version = leases.version
+        self._lease_version = self._waits_at = leases.version
+        """The lease book's, at the last look for a ticket, and at that for the one that waits."""
         # What is known
         self._snapshot = Snapshot()
         # What went wrong
@@ -222,7 +223,7 @@ class Engine:
         """Whether the waiting ticket deserves another look: a lease ended, or its time is over."""
         if not self.waiting:
             return False
-        return self._leases.version != self._lease_version or self._clock.monotonic() >= self._drain_due()
+        return self._leases.version != self._waits_at or self._clock.monotonic() >= self._drain_due()
 
     def drop_waiting(self) -> Group:
         """Take the waiting tickets away (superseded, or the manager closes)."""
@@ -267,6 +268,8 @@ class Engine:
             if trigger == "check" and guards.hold_lapsed(snapshot):
                 without = Aim(mode=self.mode, plan=target(self.mode, None, snapshot))
                 snapshot = attrs.evolve(snapshot, aim=without)
+        if self._unload_is_late and state in STANDING and snapshot.absent:
+            self._tell_idle_unload()
         self._snapshot = snapshot
         return snapshot
 
@@ -345,7 +348,8 @@ class Engine:
                 assert ticket is not None
                 # A VLM that has gone, or that nobody can see, is not fetched back because CLIP moves.
                 kept = self._standing.hold if self._standing.hold is Hold.WANTED and s.resident else None
-                return Aim(mode=self.mode, hold=kept, plan=Plan(clip=ticket.place, vlm=True if kept else None))
+                vlm = self._standing.plan.vlm if kept else None
+                return Aim(mode=self.mode, hold=kept, plan=Plan(clip=ticket.place, vlm=vlm))
             case "close":
                 stuck = s.drain_over and bool(self._leases.holders().clip)
                 release = self._observer.vlm_ours and self.config.on_close == "release"
@@ -415,7 +419,9 @@ class Engine:
     def act_wait(self, s: Snapshot) -> None:
         """Wait in the stable state, with the gate closed, until the leases have ended."""
         now = self._clock.monotonic()
+        self._waits_at = self._lease_version
         for ticket in self._serving:
+            ticket.waits_at = self._waits_at
             if ticket.waiting_since is None:
                 ticket.waiting_since = now
         if self.waiting:
@@ -484,7 +490,9 @@ class Engine:
             self.asked_mode = s.aim.mode
         if s.trigger == "idle_timeout":
             self._idle_since = self._leases.last_vlm_use
-        if s.trigger == "check" and s.absent:
+        elif s.aim.plan.vlm is not None:
+            self._idle_since = None
+        if s.trigger == "check" and s.absent and self._standing.plan.vlm is True:
             self._tell_lost(s)
         self._pursue(s.aim, previous=self._standing if self.state in STANDING else None)
 
@@ -536,6 +544,9 @@ class Engine:
             return
         if head.mode is not None:
             self.asked_mode = head.mode
+        if aim.plan.vlm is True:  # what it takes over may be an idle unload
+            self._idle_since = None
+            self._leases.touch()
         self._pursue(aim, previous=None, keep_released=True)
         self._seq = newest(self._serving)
 
@@ -548,7 +559,6 @@ class Engine:
         failure = self._failure or (errors_for_unplaced(s) if guards.known(s) else guards.unknown(s))
         if self._aim.idle:
             log.warning("gpu_fsm: the idle VLM is still in: %s", failure)
-            self._idle_since = None
             self._idle_not_before = self._clock.monotonic() + self.config.idle_timeout_s
         self._refuse(failure)
         self._failure = None
@@ -690,6 +700,8 @@ class Engine:
     def _stand(self, aim: Aim) -> None:
         if aim.mode is ExecutionMode.IDLE and aim.hold is None:
             aim = attrs.evolve(aim, plan=Plan())  # IDLE promises nothing
+        if aim.plan.vlm is True:
+            self._idle_since = None
         if aim.plan.vlm is True and self._standing.plan.vlm is not True:
             self._leases.touch()  # being asked for is the first use; else a model found resident would be idle at once
         self._standing = attrs.evolve(aim, fallback=None, idle=False)
@@ -804,6 +816,18 @@ class Engine:
             return "Ollama's last load took nothing of this card: if it has its own, set ollama_card to other"
         return "/api/ps and the driver's bytes"
 
+    def _tell_idle_unload(self) -> None:
+        """Once for each, if it was one."""
+        idle_since, self._idle_since = self._idle_since, None
+        if idle_since is not None:
+            now = self._clock.monotonic()
+            self._owner.tell(IdleUnload(at=now, model=self._server.model, idle_s=now - idle_since))
+
+    @property
+    def _unload_is_late(self) -> bool:
+        """Whether an idle unload has been sent that Ollama has yet to carry out."""
+        return self._standing.hold is not None and self._standing.plan.vlm is None
+
     def _tell_lost(self, s: Snapshot) -> None:
         detail = s.seen.residency.detail or "Ollama no longer lists it"
         self._owner.tell(VLMLost(at=s.seen.at, model=self._server.model, detail=detail))
@@ -902,11 +926,11 @@ class Engine:
         return attrs.evolve(self._snapshot, aim=self._aim, seen=self._observer.seen)
 
     def _on_standing(self) -> None:
-        idle_since, self._idle_since = self._idle_since, None
         unproven, self._steps.unproven = self._steps.unproven, None
-        if idle_since is not None and self._steps.released and unproven is None:
-            now = self._clock.monotonic()
-            self._owner.tell(IdleUnload(at=now, model=self._server.model, idle_s=now - idle_since))
+        if self._steps.released and unproven is None:
+            self._tell_idle_unload()
+        elif not self._unload_is_late:
+            self._idle_since = None
         if unproven is not None and self._serving and self._serving[0].kind == "vlm_unwanted":
             self._refuse(unproven)
         else:
@@ -977,6 +1001,7 @@ class Engine:
         self._check_at = min(self._check_at, now + config.check_interval_s)
         self._recover_at = min(self._recover_at, now + config.recover_cap_s)
         self._idle_not_before = min(self._idle_not_before, now + config.idle_timeout_s)
+        self.publish()
 
     def used_server(self, keep_alive_s: float) -> None:
         """A request that carried this keep_alive has just been answered."""
@@ -1002,8 +1027,7 @@ class Engine:
         idle_at = self._leases.last_vlm_use + self.config.idle_timeout_s
         promised = self._standing.plan.vlm is True
         may_be_in = self._observer.seen.residency.answer is not Answer.NO
-        outstanding = self._standing.hold is not None and self._standing.plan.vlm is None  # an idle unload is late
-        if may_be_in and (self._observer.vlm_ours or promised or outstanding) and not leased:
+        if may_be_in and (self._observer.vlm_ours or promised or self._unload_is_late) and not leased:
             armed["idle"] = max(idle_at, self._idle_not_before)
         if promised and (leased or idle_at > self._steps.server_until):
             armed["renew"] = self._steps.server_until - self._renew_margin

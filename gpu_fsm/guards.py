@@ -54,7 +54,7 @@ class Aim:
     hold: Hold | None = None
     plan: Plan = Plan()
     fallback: Aim | None = None
-    """Where to return when an on-demand load fails: it costs the caller an error, never the mode."""
+    """Where to return when an on-demand load fails, or Ollama does not unload an idle VLM: never at the mode's cost."""
     idle: bool = False
     """Pursued for want of use; `idle_unload` is told once the VLM is gone."""
 

@@ -176,6 +176,7 @@ class LeaseBook:
         wanted = frozenset(models)
         with self._locked():
             self._moving = wanted
+            self.version += any(info.model in wanted and not info.lost for info in self._leases.values())
             self._leases = {
                 lease: attrs.evolve(info, lost=True) if info.model in wanted else info
                 for lease, info in self._leases.items()

@@ -80,7 +80,7 @@ class ModeMachine:
         self._machine.events[trigger].trigger(self._model)
 
     def force(self, state: State) -> None:
-        """Put the machine into a state it was torn out of (an interrupted drive); publishes nothing."""
+        """Put the machine into a state without an event, for a test of the table; publishes nothing."""
         self._model.state = state
 
     # --- callbacks of transitions ---

@@ -52,6 +52,8 @@ class Ticket:
     posted_at: float = 0.0
     seq: int = 0
     waiting_since: float | None = None
+    waits_at: int | None = None
+    """The lease book's version that made it wait: until that is another one, looking again is of no use."""
     lease: int | None = None
     """The number kept for the lease that the answer brings; a drive that is cut off before it leaves none behind."""
     refusal: GPUFSMError | None = None
@@ -73,6 +75,10 @@ class Ticket:
     def wants_vlm(self) -> bool:
         """Whether a load that is under way serves this request too."""
         return self.kind == "vlm_wanted" or self.mode is ExecutionMode.RECORDING
+
+    def may_pass(self, version: int) -> bool:
+        """Whether it may go past somebody who waits for leases, which are at this version: its caller holds one."""
+        return bool(self.holds) and not self.preempt and self.waits_at != version
 
     def same_as(self, other: Ticket) -> bool:
         """Adjacent requests that ask for the same, and hold the same, cost one."""
@@ -123,7 +129,8 @@ class Mailbox:
     def post(self, ticket: Ticket) -> Group:
         """Number and enqueue a ticket.  Returns the tickets that have to be refused for it.
 
-        Those are the ones it supersedes; or the ticket itself, since nothing comes after a close.
+        Those are the ones it supersedes; and the ticket itself where something newer has superseded it already, since
+        a signal handler may post in the middle of this, or where the manager closes.
         """
         with self._lock:
             if self._closed:
@@ -133,8 +140,11 @@ class Mailbox:
             ticket.seq = self._last
             superseded: list[Ticket] = []
             if ticket.preempt:
-                while self._queue:  # one by one: what a signal handler posts in between is not lost
+                while self._queue and self._queue[0].seq < ticket.seq:
                     superseded.append(self._queue.popleft())
+            if self.newest_preempt > ticket.seq:  # a signal handler's, posted in between
+                return (*superseded, ticket)
+            if ticket.preempt:
                 self.newest_preempt = ticket.seq
             self._queue.append(ticket)
             return tuple(superseded)
@@ -149,11 +159,14 @@ class Mailbox:
                 self._queue.popleft()
             return self._in_hand
 
-    def take_of_a_holder(self) -> Group:
-        """Take the oldest ticket of somebody who holds a lease, past those who wait for that lease."""
+    def take_of_a_holder(self, version: int) -> Group:
+        """Take the oldest ticket of somebody who holds a lease, past those who wait for that lease.
+
+        None that has waited at this `version` of the lease book already, and none that preempts: `take` is for those.
+        """
         with self._lock:
             for ticket in self._queue:
-                if ticket.holds:
+                if ticket.may_pass(version):
                     self._in_hand = (ticket,)
                     self._queue.remove(ticket)
                     return self._in_hand
@@ -176,11 +189,10 @@ class Mailbox:
             self._queue.extendleft(reversed(group))
             return ()
 
-    @property
-    def has_a_holder(self) -> bool:
-        """Whether somebody who holds a lease has asked for something."""
+    def has_a_holder(self, version: int) -> bool:
+        """Whether `take_of_a_holder` would take something."""
         with self._lock:
-            return any(ticket.holds for ticket in self._queue)
+            return any(ticket.may_pass(version) for ticket in self._queue)
 
     @property
     def closed(self) -> bool:

@@ -117,10 +117,9 @@ class EarlyFlagMailbox(Mailbox):
 class UnlockedMailbox(Mailbox):
     """Reads the queue without the lock."""
 
-    @property
-    def has_a_holder(self) -> bool:
+    def has_a_holder(self, version: int) -> bool:
         for ticket in self._queue:  # noqa: SIM110 - line by line, for the explorer to cut
-            if ticket.holds:
+            if ticket.may_pass(version):
                 return True
         return False
 
@@ -130,8 +129,8 @@ class UnlockedMailbox(Mailbox):
                 return True
         return False
 
-    def take_of_a_holder(self) -> Group:
-        found = next((ticket for ticket in self._queue if ticket.holds), None)
+    def take_of_a_holder(self, version: int) -> Group:
+        found = next((ticket for ticket in self._queue if ticket.may_pass(version)), None)
         if found is None:
             return ()
         with self._lock:

@@ -14,6 +14,7 @@ from gpu_fsm import GPUResourceManager
 from gpu_fsm.errors import (
     BadArgument,
     ClipUnavailable,
+    CudaPoisoned,
     LeaseHeld,
     LeaseLost,
     LeaseTimeout,
@@ -269,6 +270,63 @@ def test_a_lease_that_ended_elsewhere_gives_nobody_a_place_in_front() -> None:
         assert first.result(0).granted
 
     contextvars.Context().run(lend)
+
+
+def test_two_holders_who_wait_do_not_take_turns_for_ever() -> None:
+    """Each may pass the other once; then both wait, and nobody asks Ollama again and again meanwhile."""
+    world = SimulatedWorld(card_mib=16384)
+    manager = inline(world, drain_timeout_s=60)
+    manager.set_execution_mode("recording")
+    other = Elsewhere(manager, "vlm")
+    before = len(world.ollama.log)
+    with manager.clip(holder="me"):
+        for _ in range(2):
+            asked_at = world.clock.monotonic()
+            with pytest.raises(OperationTimeout):
+                manager.ensure_vlm_unloaded(timeout_s=1.0)
+            assert world.clock.monotonic() - asked_at < 1.5
+    assert len(world.ollama.log) - before < 5
+    other.end()
+    manager.drive_for(10)
+    assert manager.get_status().queued == 0
+    assert not world.vlm_resident()
+
+
+def test_a_lease_that_ends_in_the_look_of_somebody_elses_request_wakes_who_waits() -> None:
+    """That look counted it still; the one who waits for it has not been told."""
+    world = SimulatedWorld()
+    manager = inline(world, drain_timeout_s=60)
+    manager.set_execution_mode("recording")
+    vlm, clip = Elsewhere(manager, "vlm"), Elsewhere(manager, "clip")
+    waiting = manager.submit_execution_mode("autopilot")
+    manager.drive_for(1)
+    ends = [vlm, clip]
+
+    def end(op: str, phase: str) -> None:
+        while (op, phase) == ("ollama.ps", "before") and ends:
+            ends.pop().end()
+
+    passing = clip.run(manager.submit_execution_mode, "recording")
+    world.on_io.append(end)
+    manager.drive_for(5)
+    assert passing.result(0).granted
+    assert waiting.result(0).granted
+
+
+def test_a_lease_that_is_lost_wakes_who_waits() -> None:
+    """An emergency takes the VLM away under its lease: the request that waited for that need not wait on."""
+    world = SimulatedWorld()
+    manager = inline(world, drain_timeout_s=60)
+    manager.set_execution_mode("recording")
+    lost = Elsewhere(manager, "vlm")
+    unwanted = manager._driver.post("vlm_unwanted").future
+    manager.drive_for(1)
+    assert not unwanted.done()
+    manager._driver.report(CudaPoisoned(detail="a broken card"))
+    manager.drive_for(1)
+    assert unwanted.result(0).granted
+    assert not world.vlm_resident()
+    lost.end()
 
 
 def test_a_waiting_request_is_superseded_by_a_preempting_one() -> None:

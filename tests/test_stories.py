@@ -745,14 +745,67 @@ def test_an_idle_unload_that_comes_late_is_no_reason_to_load(mode: str, late_s: 
     manager.drive_for(idle_at - 10.0 - world.clock.monotonic())
     world.ollama.generate_s = 15.0 + late_s
     world.ollama.foreign_generate(world.vlm.name)
+    told: list[str] = []
+    manager.subscribe(lambda event: told.append(event.kind), "idle_unload", "vlm_lost")
     manager.drive_for(60.0)
     assert not world.vlm_resident()
     assert world.ollama.counts["loads"] == 1
     assert manager.get_status().state.value == mode
+    assert told == ["idle_unload"]
 
     manager.ensure_vlm_loaded()
     assert world.vlm_resident()
     assert manager.close() == ()
+    assert told == ["idle_unload"]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_clip_that_moves_while_an_idle_unload_is_late_does_not_keep_the_vlm(slow: bool) -> None:
+    """Nobody wants it any more: its idle time does not begin anew, and it is not loaded again for nobody."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, unload_deadline_s=5.0, idle_timeout_s=60.0)
+    manager.ensure_vlm_loaded()
+    world.ollama.generate_s = 80.0
+    manager.drive_for(50.0)
+    world.ollama.foreign_generate(world.vlm.name)
+    manager.drive_for(20.0)
+    assert world.vlm_resident()
+    if slow:
+        world.faults.arm("clip.to_gpu", "late", delay_s=70.0)
+    manager.migrate_clip_to_gpu()
+    assert world.vlm_resident() is not slow
+    manager.drive_for(100.0)
+    assert not world.vlm_resident()
+    assert world.ollama.counts["loads"] == 1
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_request_that_takes_over_an_idle_unload_is_a_use_of_the_vlm(blind: bool) -> None:
+    """It is granted with the VLM in, which then stays as long as after any request; and nothing tells that it went."""
+    world = SimulatedWorld()
+    manager = inline_manager(world, idle_timeout_s=60.0)
+    manager.set_execution_mode("recording")
+    world.ollama.generate_s = 100.0
+    manager.drive_for(50.0)
+    told: list[str] = []
+    manager.subscribe(lambda event: told.append(event.kind), "idle_unload", "vlm_lost")
+    world.ollama.foreign_generate(world.vlm.name)
+    asked: list[Any] = []
+
+    def take_over(op: str, phase: str) -> None:
+        if (op, phase) == ("ollama.unload", "after") and not asked:
+            asked.append(None)
+            world.clock.after(1.0, lambda: asked.append(manager.submit_execution_mode("recording", preempt=True)))
+            if blind:
+                world.faults.arm("probe.read", "unknown", times=None)
+
+    world.on_io.append(take_over)
+    manager.drive_for(30.0)
+    assert asked[1].result(0).granted
+    assert world.vlm_resident()
+    assert manager.get_status().state is State.RECORDING
+    assert [record.row for record in manager.journal].count("idle") == 1
+    assert told == []
 
 
 def test_a_stopped_ollama_on_another_card_does_not_keep_clip_off_ours() -> None:

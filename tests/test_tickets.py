@@ -99,6 +99,27 @@ def test_a_signal_handler_may_post_while_its_thread_does(moment: str, preempt: b
     served = mailbox.take()
     assert sorted(map(id, (*served, *thrown_out))) == sorted(map(id, (older, ours, handlers)))
     assert mailbox.take() == ()
+    assert ours.seq < handlers.seq
+    assert mailbox.newest_preempt == (handlers.seq if preempt else ours.seq)
+    assert (ours in thrown_out) is preempt
+
+
+def test_a_holders_ticket_passes_who_waits_unless_it_preempts_or_has_waited_at_these_leases() -> None:
+    """A preempting one throws out who waits, which is more; and one that has just waited would only wait again."""
+    mailbox = Mailbox()
+    held = Ticket(kind="vlm_unwanted", holds=frozenset({1}))
+    mailbox.post(held)
+    mailbox.post(request())
+    held.waits_at = 7
+    assert not mailbox.has_a_holder(7)
+    assert mailbox.take_of_a_holder(7) == ()
+    assert mailbox.has_a_holder(8)
+    assert mailbox.take_of_a_holder(8) == (held,)
+    preempting = Ticket(kind="close", preempt=True, holds=frozenset({1}))
+    mailbox.post(preempting)
+    assert not mailbox.has_a_holder(8)
+    assert mailbox.take_of_a_holder(8) == ()
+    assert mailbox.take() == (preempting,)
 
 
 def test_a_ticket_is_answered_once() -> None:
