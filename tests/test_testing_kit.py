@@ -28,6 +28,7 @@ from gpu_fsm.testing.simulated import (
     inline_manager,
     open_simulation,
 )
+from gpu_fsm.tickets import Ticket
 from tests.waiting import ROOT, run_python
 
 
@@ -106,6 +107,22 @@ def test_requests_that_still_wait_are_no_broken_promise() -> None:
         with pytest.raises(AssertionError, match="S7"):
             sim.check()
         assert future.cancel()
+        sim.oracle.violations.clear()
+
+
+def test_requests_that_wait_in_turns_are_a_broken_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each passes the other because its caller holds a lease, looks, and waits on: for ever, with a look each time."""
+    monkeypatch.setattr(Ticket, "may_pass", lambda self, version: bool(self.holds))
+    with simulated_world(card_mib=16384) as sim:
+        sim.manager.set_execution_mode("recording")
+        other = sim.manager._driver.leases.grant_vlm("somebody")
+        with sim.manager.clip():
+            for _ in range(2):
+                sim.manager._driver.post("vlm_unwanted")
+                sim.drive_for(1.0)
+        with pytest.raises(AssertionError, match="L3: a request looks again and again"):
+            sim.check()
+        sim.manager._driver.leases.release(other)
         sim.oracle.violations.clear()
 
 

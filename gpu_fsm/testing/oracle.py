@@ -28,6 +28,8 @@ _ROWS = {row.name: row for row in TABLE}
 
 MOST_TRANSITIONS = 7
 """Between two inputs from outside; the longest story is a request that fails in its last step and is shed."""
+MOST_WAITS = 50
+"""Looks of one request that then waits on; each is for a lease that ended, and no story has so many."""
 
 
 class Oracle:
@@ -52,6 +54,7 @@ class Oracle:
         journal = manager.journal
         self._records = journal[0].n - 1 if journal else 0
         self._moved = 0
+        self._waits: Counter[int] = Counter()
         self._loads_before = self._loads_logged()
         self._loads = 0
         """Sent since the step began; what follows the first is another try."""
@@ -321,6 +324,10 @@ class Oracle:
             self._moved += 1
         if self._moved > MOST_TRANSITIONS:
             self._broken("L3", f"{self._moved} transitions for one input, the last by {record.row}")
+        if record.row.endswith("-wait"):
+            self._waits.update(record.tickets)
+            if any(self._waits[ticket] > MOST_WAITS for ticket in record.tickets):
+                self._broken("L3", f"a request looks again and again, and waits on, by {record.row}")
 
     def _loads_paid_for(self) -> None:
         """L4: loads are paid for by requests, recoveries and re-assertions."""
