@@ -364,11 +364,11 @@ class Driver:
         if engine.waiting_is_due():
             engine.deliver(engine.waiting)
             return self._after()
-        group = self.mailbox.take_of_a_holder(self.leases.version) if engine.waiting else self.mailbox.take()
+        now = self.clock.monotonic()
+        group = self.mailbox.take_of_a_holder(self.leases.version, now) if engine.waiting else self.mailbox.take()
         if group:
             engine.deliver(group)
             return self._after()
-        now = self.clock.monotonic()
         timers = engine.timers()
         due = [(at, name) for name, at in timers.items() if at <= now and name != "drain"]
         if due:
@@ -405,7 +405,8 @@ class Driver:
         if self._torn or self._new_config is not None or self._reports or self.engine.waiting_is_due():
             return True
         if len(self.mailbox):
-            passing = self.mailbox.head_preempts() or self.mailbox.has_a_holder(self.leases.version)
+            now = self.clock.monotonic()
+            passing = self.mailbox.head_preempts() or self.mailbox.has_a_holder(self.leases.version, now)
             if passing or not self.engine.waiting:
                 return True
         due = self._due()

@@ -7,6 +7,7 @@ the books of a row, `announce` publishes, `work` acts.  The table decides; the e
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
@@ -268,8 +269,6 @@ class Engine:
             if trigger == "check" and guards.hold_lapsed(snapshot):
                 without = Aim(mode=self.mode, plan=target(self.mode, None, snapshot))
                 snapshot = attrs.evolve(snapshot, aim=without)
-        if self._unload_is_late and state in STANDING and snapshot.absent:
-            self._tell_idle_unload()
         self._snapshot = snapshot
         return snapshot
 
@@ -297,7 +296,7 @@ class Engine:
             on_our_card=self._server.on_our_card,
             clip_managed=config.clip_model is not None,
             refuse_on_shortage=config.on_shortage == "refuse",
-            drain_over=bool(ticket and ticket.waiting_since is not None and now >= self._drain_end(ticket)),
+            drain_over=ticket is not None and ticket.waits_until <= now,
             vlm_ours=self._observer.vlm_ours,
             used_since=idle_due > now,
             vlm_ticket_queued=self._mailbox.wants_vlm() or any(waiting.wants_vlm for waiting in self.waiting),
@@ -422,8 +421,7 @@ class Engine:
         self._waits_at = self._lease_version
         for ticket in self._serving:
             ticket.waits_at = self._waits_at
-            if ticket.waiting_since is None:
-                ticket.waiting_since = now
+            ticket.waits_until = min(ticket.waits_until, now + self.config.drain_timeout_s)
         if self.waiting:
             # Somebody it waits for has to wait, too: that one first.
             for ticket in self._mailbox.put_back(self.waiting):
@@ -490,8 +488,6 @@ class Engine:
             self.asked_mode = s.aim.mode
         if s.trigger == "idle_timeout":
             self._idle_since = self._leases.last_vlm_use
-        elif s.aim.plan.vlm is not None:
-            self._idle_since = None
         if s.trigger == "check" and s.absent and self._standing.plan.vlm is True:
             self._tell_lost(s)
         self._pursue(s.aim, previous=self._standing if self.state in STANDING else None)
@@ -559,6 +555,7 @@ class Engine:
         failure = self._failure or (errors_for_unplaced(s) if guards.known(s) else guards.unknown(s))
         if self._aim.idle:
             log.warning("gpu_fsm: the idle VLM is still in: %s", failure)
+            self._idle_since = None
             self._idle_not_before = self._clock.monotonic() + self.config.idle_timeout_s
         self._refuse(failure)
         self._failure = None
@@ -700,8 +697,6 @@ class Engine:
     def _stand(self, aim: Aim) -> None:
         if aim.mode is ExecutionMode.IDLE and aim.hold is None:
             aim = attrs.evolve(aim, plan=Plan())  # IDLE promises nothing
-        if aim.plan.vlm is True:
-            self._idle_since = None
         if aim.plan.vlm is True and self._standing.plan.vlm is not True:
             self._leases.touch()  # being asked for is the first use; else a model found resident would be idle at once
         self._standing = attrs.evolve(aim, fallback=None, idle=False)
@@ -816,18 +811,6 @@ class Engine:
             return "Ollama's last load took nothing of this card: if it has its own, set ollama_card to other"
         return "/api/ps and the driver's bytes"
 
-    def _tell_idle_unload(self) -> None:
-        """Once for each, if it was one."""
-        idle_since, self._idle_since = self._idle_since, None
-        if idle_since is not None:
-            now = self._clock.monotonic()
-            self._owner.tell(IdleUnload(at=now, model=self._server.model, idle_s=now - idle_since))
-
-    @property
-    def _unload_is_late(self) -> bool:
-        """Whether an idle unload has been sent that Ollama has yet to carry out."""
-        return self._standing.hold is not None and self._standing.plan.vlm is None
-
     def _tell_lost(self, s: Snapshot) -> None:
         detail = s.seen.residency.detail or "Ollama no longer lists it"
         self._owner.tell(VLMLost(at=s.seen.at, model=self._server.model, detail=detail))
@@ -915,7 +898,7 @@ class Engine:
         closing = next((ticket for ticket in self._serving if ticket.kind == "close"), None)
         if closing is None:
             return self._previous is None and self._steps.drain(models)
-        if closing.waiting_since is not None or not self._steps.drain(models):
+        if closing.waits_until < math.inf or not self._steps.drain(models):
             # Closing has waited long enough: a leased CLIP stays, a leased VLM finishes what it runs.
             if not self._leases.claim({"clip"}):
                 self._aim = attrs.evolve(self._aim, plan=attrs.evolve(self._aim.plan, clip=None))
@@ -926,11 +909,12 @@ class Engine:
         return attrs.evolve(self._snapshot, aim=self._aim, seen=self._observer.seen)
 
     def _on_standing(self) -> None:
+        idle_since, self._idle_since = self._idle_since, None
         unproven, self._steps.unproven = self._steps.unproven, None
-        if self._steps.released and unproven is None:
-            self._tell_idle_unload()
-        elif not self._unload_is_late:
-            self._idle_since = None
+        gone = self._steps.released and unproven is None and self._observer.seen.residency.answer is Answer.NO
+        if idle_since is not None and gone:
+            now = self._clock.monotonic()
+            self._owner.tell(IdleUnload(at=now, model=self._server.model, idle_s=now - idle_since))
         if unproven is not None and self._serving and self._serving[0].kind == "vlm_unwanted":
             self._refuse(unproven)
         else:
@@ -1019,7 +1003,7 @@ class Engine:
             return {}
         armed = {"check": self._check_at}
         if self.waiting:
-            armed["drain"] = self._drain_due()
+            armed["drain"] = min(self._drain_due(), self._mailbox.waits_until())
         if state is State.DEGRADED:
             armed["recover"] = self._recover_at
             return armed
@@ -1027,7 +1011,8 @@ class Engine:
         idle_at = self._leases.last_vlm_use + self.config.idle_timeout_s
         promised = self._standing.plan.vlm is True
         may_be_in = self._observer.seen.residency.answer is not Answer.NO
-        if may_be_in and (self._observer.vlm_ours or promised or self._unload_is_late) and not leased:
+        outstanding = self._standing.hold is not None and self._standing.plan.vlm is None  # an idle unload is late
+        if may_be_in and (self._observer.vlm_ours or promised or outstanding) and not leased:
             armed["idle"] = max(idle_at, self._idle_not_before)
         if promised and (leased or idle_at > self._steps.server_until):
             armed["renew"] = self._steps.server_until - self._renew_margin
@@ -1054,12 +1039,9 @@ class Engine:
         """Somebody saw an error: look at once."""
         self._check_at = self._clock.monotonic()
 
-    def _drain_end(self, ticket: Ticket) -> float:
-        assert ticket.waiting_since is not None
-        return ticket.waiting_since + self.config.drain_timeout_s
-
     def _drain_due(self) -> float:
-        return min(self._drain_end(ticket) for ticket in self.waiting)
+        """When the next of those who wait has waited long enough."""
+        return min((ticket.waits_until for ticket in self.waiting), default=math.inf)
 
     def _next_try(self) -> float:
         delay = min(self.config.recover_cap_s, self.config.recover_base_s * 2.0 ** min(self._attempt, 30))

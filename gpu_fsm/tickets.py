@@ -7,6 +7,7 @@ never a flag set after posting: a flag can hit a request that has already been t
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -51,7 +52,8 @@ class Ticket:
     """Leases that the caller holds itself."""
     posted_at: float = 0.0
     seq: int = 0
-    waiting_since: float | None = None
+    waits_until: float = math.inf
+    """When it has waited long enough for leases; `inf` as long as it has not begun to wait."""
     waits_at: int | None = None
     """The lease book's version that made it wait: until that is another one, looking again is of no use."""
     lease: int | None = None
@@ -76,15 +78,19 @@ class Ticket:
         """Whether a load that is under way serves this request too."""
         return self.kind == "vlm_wanted" or self.mode is ExecutionMode.RECORDING
 
-    def may_pass(self, version: int) -> bool:
-        """Whether it may go past somebody who waits for leases, which are at this version: its caller holds one."""
-        return bool(self.holds) and not self.preempt and self.waits_at != version
+    def may_pass(self, version: int, now: float) -> bool:
+        """Whether it may go past somebody who waits for leases, which are at this version.
+
+        Its caller holds one and it has not looked yet, or its own time is over.
+        """
+        fresh = bool(self.holds) and self.waits_at != version
+        return not self.preempt and (fresh or self.waits_until <= now)
 
     def same_as(self, other: Ticket) -> bool:
         """Adjacent requests that ask for the same, and hold the same, cost one."""
         mine, others = (
-            (self.kind, self.mode, self.place, self.holds),
-            (other.kind, other.mode, other.place, other.holds),
+            (self.kind, self.mode, self.place, self.holds, self.waits_until),
+            (other.kind, other.mode, other.place, other.holds, other.waits_until),
         )
         return mine == others
 
@@ -146,7 +152,9 @@ class Mailbox:
                 return (*superseded, ticket)
             if ticket.preempt:
                 self.newest_preempt = ticket.seq
-            self._queue.append(ticket)
+                self._queue.appendleft(ticket)
+            else:
+                self._queue.append(ticket)
             return tuple(superseded)
 
     def take(self) -> Group:
@@ -159,14 +167,14 @@ class Mailbox:
                 self._queue.popleft()
             return self._in_hand
 
-    def take_of_a_holder(self, version: int) -> Group:
-        """Take the oldest ticket of somebody who holds a lease, past those who wait for that lease.
+    def take_of_a_holder(self, version: int, now: float) -> Group:
+        """Take the oldest ticket that may go past those who wait: of a holder, or of one who has waited long enough.
 
         None that has waited at this `version` of the lease book already, and none that preempts: `take` is for those.
         """
         with self._lock:
             for ticket in self._queue:
-                if ticket.may_pass(version):
+                if ticket.may_pass(version, now):
                     self._in_hand = (ticket,)
                     self._queue.remove(ticket)
                     return self._in_hand
@@ -189,10 +197,15 @@ class Mailbox:
             self._queue.extendleft(reversed(group))
             return ()
 
-    def has_a_holder(self, version: int) -> bool:
+    def has_a_holder(self, version: int, now: float) -> bool:
         """Whether `take_of_a_holder` would take something."""
         with self._lock:
-            return any(ticket.may_pass(version) for ticket in self._queue)
+            return any(ticket.may_pass(version, now) for ticket in self._queue)
+
+    def waits_until(self) -> float:
+        """When the first of those has waited long enough who were displaced while they waited; `inf` if nobody was."""
+        with self._lock:
+            return min((ticket.waits_until for ticket in self._queue), default=math.inf)
 
     @property
     def closed(self) -> bool:

@@ -223,7 +223,7 @@ class PostAgainstTakeOfAHolder(WithMailbox):
         self.got, self.displaced = [], []
 
     def two(self) -> None:
-        self.got += self.mailbox.take_of_a_holder(0)
+        self.got += self.mailbox.take_of_a_holder(0, 0.0)
 
     def check(self) -> None:
         self.once_each()
@@ -237,7 +237,7 @@ class PostAgainstLooking(WithMailbox):
         self.seen: tuple[bool, ...] = ()
 
     def two(self) -> None:
-        self.seen = (self.mailbox.wants_vlm(), self.mailbox.has_a_holder(0))
+        self.seen = (self.mailbox.wants_vlm(), self.mailbox.has_a_holder(0, 0.0))
 
     def check(self) -> None:
         assert self.seen == (True, False)

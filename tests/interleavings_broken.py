@@ -117,9 +117,9 @@ class EarlyFlagMailbox(Mailbox):
 class UnlockedMailbox(Mailbox):
     """Reads the queue without the lock."""
 
-    def has_a_holder(self, version: int) -> bool:
+    def has_a_holder(self, version: int, now: float) -> bool:
         for ticket in self._queue:  # noqa: SIM110 - line by line, for the explorer to cut
-            if ticket.may_pass(version):
+            if ticket.may_pass(version, now):
                 return True
         return False
 
@@ -129,8 +129,8 @@ class UnlockedMailbox(Mailbox):
                 return True
         return False
 
-    def take_of_a_holder(self, version: int) -> Group:
-        found = next((ticket for ticket in self._queue if ticket.may_pass(version)), None)
+    def take_of_a_holder(self, version: int, now: float) -> Group:
+        found = next((ticket for ticket in self._queue if ticket.may_pass(version, now)), None)
         if found is None:
             return ()
         with self._lock:

@@ -292,6 +292,52 @@ def test_two_holders_who_wait_do_not_take_turns_for_ever() -> None:
     assert not world.vlm_resident()
 
 
+def test_who_was_displaced_while_it_waited_waits_no_longer_than_its_own_time() -> None:
+    """The first is told in time, gives its lease back, and the second gets what it waits for."""
+    world = SimulatedWorld(card_mib=16384)
+    manager = inline(world, drain_timeout_s=10.0)
+    manager.set_execution_mode("autopilot")
+    manager.ensure_vlm_loaded()
+    first, second = Elsewhere(manager, "clip", "first"), Elsewhere(manager, "vlm", "second")
+    asked_at = world.clock.monotonic()
+    unload = first.run(lambda: manager._driver.post("vlm_unwanted").future)
+    manager.drive_for(8.0)
+    recording = second.run(manager.submit_execution_mode, "recording")
+    answered: list[float] = []
+    unload.add_done_callback(lambda _: answered.append(world.clock.monotonic() - asked_at))
+    manager.drive_for(3.0)
+    assert isinstance(unload.exception(0), LeaseTimeout)
+    assert 10.0 <= answered[0] < 10.5
+    first.end()
+    manager.drive_for(5.0)
+    assert recording.result(0).granted
+    second.end()
+
+
+def test_equal_requests_of_one_holder_wait_each_its_own_time_and_ask_nobody_meanwhile() -> None:
+    """They came at different moments, and somebody passed them: each is answered when its own time is over."""
+    world = SimulatedWorld(card_mib=16384)
+    manager = inline(world, drain_timeout_s=10.0)
+    manager.set_execution_mode("autopilot")
+    manager.ensure_vlm_loaded()
+    first, second = Elsewhere(manager, "clip", "first"), Elsewhere(manager, "vlm", "second")
+    began_at, waited = world.clock.monotonic(), []
+
+    def ask(holder: Elsewhere, call: Callable[..., Any], *args: Any) -> None:
+        asked_at = world.clock.monotonic()
+        future = holder.run(call, *args)
+        future.add_done_callback(lambda _: waited.append(world.clock.monotonic() - asked_at))
+
+    for _ in range(2):
+        ask(first, lambda: manager._driver.post("vlm_unwanted").future)
+        manager.drive_for(5.0 if world.clock.monotonic() < began_at + 1.0 else 0.1)
+    ask(second, manager.submit_execution_mode, "recording")
+    before = len(world.ollama.log)
+    manager.drive_for(30.0)
+    assert [round(seconds) for seconds in waited] == [10, 10, 10]
+    assert len(world.ollama.log) - before < 20
+
+
 def test_a_lease_that_ends_in_the_look_of_somebody_elses_request_wakes_who_waits() -> None:
     """That look counted it still; the one who waits for it has not been told."""
     world = SimulatedWorld()

@@ -751,12 +751,11 @@ def test_an_idle_unload_that_comes_late_is_no_reason_to_load(mode: str, late_s: 
     assert not world.vlm_resident()
     assert world.ollama.counts["loads"] == 1
     assert manager.get_status().state.value == mode
-    assert told == ["idle_unload"]
+    assert told == []  # it is no loss; and nobody can tell when its memory was back
 
     manager.ensure_vlm_loaded()
     assert world.vlm_resident()
     assert manager.close() == ()
-    assert told == ["idle_unload"]
 
 
 @pytest.mark.parametrize("slow", [False, True])

@@ -112,7 +112,7 @@ def test_requests_that_still_wait_are_no_broken_promise() -> None:
 
 def test_requests_that_wait_in_turns_are_a_broken_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each passes the other because its caller holds a lease, looks, and waits on: for ever, with a look each time."""
-    monkeypatch.setattr(Ticket, "may_pass", lambda self, version: bool(self.holds))
+    monkeypatch.setattr(Ticket, "may_pass", lambda self, version, now: bool(self.holds))
     with simulated_world(card_mib=16384) as sim:
         sim.manager.set_execution_mode("recording")
         other = sim.manager._driver.leases.grant_vlm("somebody")
