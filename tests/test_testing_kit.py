@@ -431,7 +431,7 @@ def test_a_refused_preempting_request_leaves_what_stood_wanted() -> None:
         machine.request(mode=ExecutionMode.RECORDING, preempt=False, myself=False)
         machine.stop_ollama(kill=False)
         machine.take_lease(model="clip")
-        machine.burst(asked=[(ExecutionMode.AUTOPILOT, True), (ExecutionMode.AUTOPILOT, False)])
+        machine.burst(asked=[(ExecutionMode.AUTOPILOT, True, -1), (ExecutionMode.AUTOPILOT, False, -1)], leased=False)
         machine.nobody_uses_it()
         machine.every_promise_is_kept()
 

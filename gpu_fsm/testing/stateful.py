@@ -33,6 +33,7 @@ import contextlib
 import contextvars
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from hypothesis import currently_in_test_context, note
@@ -40,6 +41,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gpu_fsm import errors
+from gpu_fsm.leases import held_here, remember
 from gpu_fsm.manager import GPUResourceManager
 from gpu_fsm.simulation import KINDS, SimulatedWorld
 from gpu_fsm.states import STANDING
@@ -61,6 +63,14 @@ RULES = (
     "lose_the_gpu", "stray_event", "close_in_the_middle",
 )  # fmt: skip
 """Every rule; a run that leaves one out has proven less than it says."""
+
+CALLS: dict[str, dict[str, Any]] = {
+    "load": {"kind": "vlm_wanted"},
+    "unload": {"kind": "vlm_unwanted"},
+    "up": {"kind": "migrate_clip", "place": "gpu"},
+    "down": {"kind": "migrate_clip", "place": "cpu"},
+}
+"""What may be asked for besides a mode, as the driver knows it."""
 
 EFFECTS = ("", "ollama.load", "clip.to_gpu", "clip.to_cpu", "ollama.unload")
 """Where something may happen in the middle of a step; empty: at any call."""
@@ -86,6 +96,7 @@ TROUBLES = ("faults", "faults ", "outages", "neighbours", "others", "moments", "
 T = TypeVar("T")
 
 modes = st.sampled_from(MODES)
+wishes = st.sampled_from((*MODES, *CALLS))
 
 
 class GPUStateMachine(RuleBasedStateMachine):
@@ -212,11 +223,17 @@ class GPUStateMachine(RuleBasedStateMachine):
         outcome = self._outcome(future)
         assert not promised or (outcome and outcome.granted), f"L1: {mode.name} without cause: {future!r} {outcome}"
 
-    @rule(asked=st.lists(st.tuples(modes, st.booleans()), min_size=2, max_size=6))
-    def burst(self, asked: list[tuple[ExecutionMode, bool]]) -> None:
-        """Ask for many at once, wait for all."""
+    @rule(
+        asked=st.lists(st.tuples(wishes, st.booleans(), st.integers(-1, 2)), min_size=2, max_size=6),
+        leased=st.booleans(),
+    )
+    def burst(self, asked: list[tuple[ExecutionMode | str, bool, int]], leased: bool) -> None:
+        """Many ask at once, each as the holder of one lease or of none; both models may be `leased` first."""
         self.note("burst")
-        futures = elsewhere(lambda: [self._submit(mode, preempt=preempt) for mode, preempt in asked])
+        if leased and not self.leases:
+            self.take_lease(model="vlm")
+            self.take_lease(model="clip")
+        futures = [self._as_holder(who, partial(self._post, what, preempt)) for what, preempt, who in asked]
         for future in futures:
             self._outcome(future)
 
@@ -373,7 +390,7 @@ class GPUStateMachine(RuleBasedStateMachine):
     @rule(
         mode=modes,
         model=st.sampled_from(("vlm", "clip")),
-        ask=st.sampled_from((*MODES, "load", "unload", "up", "down")),
+        ask=wishes,
         after_s=st.sampled_from((3.0, 0.5, 20.0)),
         myself=st.booleans(),
         gone=st.booleans(),
@@ -780,6 +797,23 @@ class GPUStateMachine(RuleBasedStateMachine):
 
     def _submit(self, mode: ExecutionMode, *, preempt: bool = False) -> Any:
         return self.manager.submit_execution_mode(mode, preempt=preempt)
+
+    def _post(self, what: ExecutionMode | str, preempt: bool) -> Any:
+        """Ask without waiting; only a mode can preempt."""
+        if isinstance(what, ExecutionMode):
+            return self._submit(what, preempt=preempt)
+        return self.manager._driver.post(**CALLS[what]).future
+
+    def _as_holder(self, which: int, call: Callable[[], T]) -> T:
+        """Run `call` as somebody who holds that lease alone; as a stranger where there is none of that number."""
+        leases = sorted(held_here())
+
+        def as_holder() -> T:
+            if 0 <= which < len(leases):
+                remember(leases[which])
+            return call()
+
+        return elsewhere(as_holder)
 
     def _outcome(self, future: Any) -> Any:
         """The outcome of a ticket, None for a refusal; an answer that never comes is a violation."""
