@@ -425,7 +425,7 @@ class Engine:
         if self.waiting:
             # Somebody it waits for has to wait, too: that one first.
             for ticket in self._mailbox.put_back(self.waiting):
-                ticket.refuse(errors.displaced_by("request"))
+                ticket.refuse(errors.displaced_by("close" if self._mailbox.closed else "request"))
         self.waiting = self._serving
         self._waiting_models = s.models_to_move
 

@@ -181,8 +181,14 @@ class Mailbox:
             return ()
 
     def lost(self, kept: Group) -> Group:
-        """What was taken last and is neither answered, nor here, nor `kept`: a Ctrl-C came before it was served."""
+        """What was taken last and is neither answered, nor here, nor `kept`: a Ctrl-C came before it was served.
+
+        What is `kept` is here no longer: it went back to make room for somebody who then was not served.
+        """
         with self._lock:
+            for ticket in kept:
+                if ticket in self._queue:
+                    self._queue.remove(ticket)
             return tuple(
                 ticket
                 for ticket in self._in_hand

@@ -314,6 +314,31 @@ def test_who_was_displaced_while_it_waited_waits_no_longer_than_its_own_time() -
     second.end()
 
 
+def test_who_is_displaced_while_the_manager_closes_hears_of_the_close() -> None:
+    """Nobody asked for anything newer."""
+    world = SimulatedWorld(card_mib=16384)
+    manager = inline(world, drain_timeout_s=10.0)
+    manager.set_execution_mode("autopilot")
+    manager.ensure_vlm_loaded()
+    first, second = Elsewhere(manager, "clip", "first"), Elsewhere(manager, "vlm", "second")
+    unload = manager._driver.post("vlm_unwanted").future
+    manager.drive_for(1.0)
+    second.run(manager.submit_execution_mode, "recording")
+    closing: list[Any] = []
+
+    def close(op: str, phase: str) -> None:
+        if not closing:
+            closing.append(manager._driver.post_close())
+
+    world.on_io.append(close)
+    manager.drive_for(1.0)
+    assert isinstance(unload.exception(0), ManagerClosed)
+    first.end()
+    second.end()
+    manager.drive_for(60.0)
+    assert closing[0].result(0).granted
+
+
 def test_equal_requests_of_one_holder_wait_each_its_own_time_and_ask_nobody_meanwhile() -> None:
     """They came at different moments, and somebody passed them: each is answered when its own time is over."""
     world = SimulatedWorld(card_mib=16384)

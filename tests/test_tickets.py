@@ -30,6 +30,18 @@ def request(mode: ExecutionMode = ExecutionMode.IDLE, *, preempt: bool = False) 
     return Ticket(kind="request", mode=mode, preempt=preempt)
 
 
+def test_who_waits_again_after_a_ctrl_c_is_in_the_queue_no_longer() -> None:
+    """It went back to make room for somebody whose drive was cut off before he waited in its place."""
+    mailbox, waits, takes_over = Mailbox(), request(), request(ExecutionMode.RECORDING)
+    mailbox.post(waits)
+    mailbox.take()
+    mailbox.post(takes_over)
+    mailbox.take()
+    mailbox.put_back((waits,))
+    assert mailbox.lost((waits,)) == (takes_over,)
+    assert len(mailbox) == 0
+
+
 @given(st.lists(st.tuples(st.sampled_from(MODES), st.booleans()), max_size=30))
 def test_what_goes_in_comes_out_once_in_order_or_is_superseded(asked: list[tuple[ExecutionMode, bool]]) -> None:
     """First in, first out; groups are adjacent equals; a preempting ticket throws out all that is older."""
