@@ -358,7 +358,7 @@ class Driver:
         if self._reports:
             engine.fault(self._reports.pop(0))
             return True
-        if engine.waiting and self.mailbox.head_preempts():
+        if engine.waiting and self.mailbox.head_preempts(engine.waiting):
             self._refuse(engine.waiting)
             engine.drop_waiting()
         if engine.waiting_is_due():
@@ -406,7 +406,9 @@ class Driver:
             return True
         if len(self.mailbox):
             now = self.clock.monotonic()
-            passing = self.mailbox.head_preempts() or self.mailbox.has_a_holder(self.leases.version, now)
+            passing = self.mailbox.head_preempts(self.engine.waiting) or self.mailbox.has_a_holder(
+                self.leases.version, now
+            )
             if passing or not self.engine.waiting:
                 return True
         due = self._due()

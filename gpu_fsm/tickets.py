@@ -83,8 +83,8 @@ class Ticket:
 
         Its caller holds one and it has not looked yet, or its own time is over.
         """
-        fresh = bool(self.holds) and self.waits_at != version
-        return not self.preempt and (fresh or self.waits_until <= now)
+        fresh = bool(self.holds) and self.waits_at != version and not self.preempt
+        return fresh or self.waits_until <= now
 
     def same_as(self, other: Ticket) -> bool:
         """Adjacent requests that ask for the same, and hold the same, cost one."""
@@ -170,7 +170,7 @@ class Mailbox:
     def take_of_a_holder(self, version: int, now: float) -> Group:
         """Take the oldest ticket that may go past those who wait: of a holder, or of one who has waited long enough.
 
-        None that has waited at this `version` of the lease book already, and none that preempts: `take` is for those.
+        None that has waited at this `version` of the lease book already.
         """
         with self._lock:
             for ticket in self._queue:
@@ -223,10 +223,10 @@ class Mailbox:
         with self._lock:
             return any(ticket.wants_vlm for ticket in self._queue)
 
-    def head_preempts(self) -> bool:
-        """Whether the oldest ticket is a preempting one."""
+    def head_preempts(self, waiting: Group) -> bool:
+        """Whether the oldest ticket preempts those who wait; one that was asked for before them does not."""
         with self._lock:
-            return bool(self._queue) and self._queue[0].preempt
+            return bool(self._queue) and self._queue[0].preempt and self._queue[0].seq > newest(waiting)
 
     def __len__(self) -> int:
         return len(self._queue)

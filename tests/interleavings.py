@@ -189,7 +189,7 @@ class PreemptAgainstHeadPreempts(WithMailbox):
         self.seen = (False, 0)
 
     def two(self) -> None:
-        self.seen = (self.mailbox.head_preempts(), self.mailbox.newest_preempt)
+        self.seen = (self.mailbox.head_preempts(()), self.mailbox.newest_preempt)
 
     def check(self) -> None:
         assert self.seen != (True, 0)

@@ -314,6 +314,27 @@ def test_who_was_displaced_while_it_waited_waits_no_longer_than_its_own_time() -
     second.end()
 
 
+def test_a_preempting_request_that_was_displaced_throws_out_nobody_who_came_after_it() -> None:
+    """The holder of what it waits for asks for something that has to wait, too: neither is superseded."""
+    world = SimulatedWorld(card_mib=16384)
+    manager = inline(world, drain_timeout_s=10.0)
+    manager.set_execution_mode("autopilot")
+    manager.ensure_vlm_loaded()
+    first, second = Elsewhere(manager, "clip", "first"), Elsewhere(manager, "vlm", "second")
+    asked_at, answered = world.clock.monotonic(), []
+    preempts = manager.submit_execution_mode("autopilot", preempt=True)
+    preempts.add_done_callback(lambda _: answered.append(world.clock.monotonic() - asked_at))
+    manager.drive_for(3.0)
+    recording = second.run(manager.submit_execution_mode, "recording")
+    manager.drive_for(8.0)
+    assert isinstance(preempts.exception(0), LeaseTimeout)
+    assert 10.0 <= answered[0] < 10.5
+    first.end()
+    manager.drive_for(5.0)
+    assert recording.result(0).granted
+    second.end()
+
+
 def test_who_is_displaced_while_the_manager_closes_hears_of_the_close() -> None:
     """Nobody asked for anything newer."""
     world = SimulatedWorld(card_mib=16384)
