@@ -122,9 +122,9 @@ class Selector(selectors.DefaultSelector):
         if timeout is not None and timeout <= 0:
             return super().select(0)
         loop = self.loop
+        alarm = None if timeout is None else loop.clock.after(timeout, loop.ring)  # before the world goes on
         loop.idle.set()
         loop.let_the_world_go_on()
-        alarm = None if timeout is None else loop.clock.after(timeout, loop.ring)
         try:
             return super().select(None)
         finally:
@@ -173,11 +173,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
         """An answer has come, from a thread that moves the world's time: it waits until the loop has dealt with it."""
-        self.idle.clear()
-        handle = super().call_soon_threadsafe(callback, *args, context=context)
-        if self.measuring and threading.get_ident() != self._thread:
-            with self.clock.turn:
-                self._wait_until_idle()
+        if not self.measuring or threading.get_ident() == self._thread:
+            return super().call_soon_threadsafe(callback, *args, context=context)
+        with self.clock.turn:
+            self.idle.clear()
+            handle = super().call_soon_threadsafe(callback, *args, context=context)
+            self._wait_until_idle()
         return handle
 
     def _wait_until_idle(self) -> None:
@@ -314,9 +315,10 @@ def ask(
 ) -> None:
     """Make the call in a thread of its own, and have time pass; `busy`: in the middle of another one's request."""
     asking: list[Future[None]] = []
+    once = threading.Lock()
 
     def begin(op: str = "", phase: str = "") -> None:
-        if not asking and phase != "during":
+        if phase != "during" and once.acquire(blocking=False):
             asking.append(in_thread(call))
             holding.wait(STUCK_S)
 
@@ -329,6 +331,7 @@ def ask(
             holding.wait(0.001)
         world.on_io.remove(begin)
     begin()
+    assert holding.wait(STUCK_S)  # until then time would pass before the call
     move(world.clock, asking[0])
     asking[0].result(0)
 
@@ -388,8 +391,8 @@ def test_no_awaited_call_is_later_than_its_limit(
             return loops[0]
 
         async def body() -> None:
-            began = loops[0].time()
             loops[0].hold_the_world()
+            began = loops[0].time()
             try:
                 await AWAITABLE[name](manager, limit_s)
             except InternalError:
