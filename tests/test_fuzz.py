@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase
 from hypothesis import settings as hypothesis_settings
@@ -157,6 +158,17 @@ class Torn(GPUStateMachine):
         """After ours."""
         super().teardown()
         assert not self.world.clip.ups, "it was up"
+
+
+def test_a_seed_that_pytest_forces_upon_hypothesis_does_not_replace_the_runs_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`pytest --hypothesis-seed=7`: the batches would all be one, and the story that was found not told."""
+    monkeypatch.setattr(fuzzing, "SHRINK_S", 1.0)
+    monkeypatch.setattr(hypothesis.core, "global_force_seed", 7)
+    report = fuzz(Torn, examples=50, seed=1)
+    assert report.violation.startswith("it was up")
+    assert hypothesis.core.global_force_seed == 7
 
 
 def test_what_breaks_at_the_end_of_a_story_counts(monkeypatch: pytest.MonkeyPatch) -> None:

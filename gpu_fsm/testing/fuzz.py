@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import hypothesis
 from attrs import define, field
-from hypothesis import HealthCheck, Phase
+from hypothesis import HealthCheck, Phase, core
 from hypothesis.database import InMemoryExampleDatabase
 from hypothesis.errors import HypothesisException, InvalidArgument, InvalidDefinition
 from hypothesis.reporting import with_reporter
@@ -161,6 +161,19 @@ def fuzz(
     return report
 
 
+@contextlib.contextmanager
+def _seed_of_our_own() -> Iterator[None]:
+    """Within pytest's `--hypothesis-seed` too: forced upon us it would have each batch tell the same stories.
+
+    Nor would Hypothesis keep the shortest story then, since it uses no database.
+    """
+    forced, core.global_force_seed = core.global_force_seed, None
+    try:
+        yield
+    finally:
+        core.global_force_seed = forced
+
+
 class _TimeIsUp(BaseException):
     """Ends Hypothesis where it stands; not an Exception, or it would be taken for a failing story."""
 
@@ -224,7 +237,8 @@ class _Run:
     def run(self, watched: type[GPUStateMachine], settings: hypothesis.settings) -> None:
         """Have Hypothesis tell, and write down what it found."""
         try:
-            with with_reporter(lambda text: None):  # what it has to say comes with the exception
+            # What it has to say comes with the exception.
+            with with_reporter(lambda text: None), _seed_of_our_own():
                 run_state_machine_as_test(watched, settings=settings)
         except _TimeIsUp:
             pass
