@@ -6,6 +6,7 @@ errors, 3 the scheduler, 4 names, 5 offload.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
@@ -45,6 +46,7 @@ from gpu_fsm.simulation import (
     run_server,
     serve,
 )
+from tests import bench_day
 
 URL = "http://127.0.0.1:11434"
 
@@ -566,6 +568,33 @@ def test_the_server_answers_in_the_recorded_words(client: Client, case: str) -> 
         assert answer.json() == {"error": text}
     else:
         assert (answer.headers["Content-Type"], answer.text) == (content_type, text)
+
+
+def test_what_was_answered_or_left_is_not_kept(world: SimulatedWorld) -> None:
+    """A day holds thousands of requests; one that knew itself would wait for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        for path in ("/api/ps", "/api/tags", "/api/version", "/nowhere"):
+            world.ollama.request("GET", path)
+        world.ollama.foreign_unload(VLM)
+        world.ollama.foreign_unload(VLM).leave()
+        world.clock.sleep(60.0)
+        assert [entry.path for entry in world.ollama.log] == [
+            "/api/ps",
+            "/api/tags",
+            "/api/version",
+            "/nowhere",
+            "/api/generate",
+        ]
+        assert not any(isinstance(thing, Exchange) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+
+
+def test_a_day_of_agent_life_is_watched_throughout() -> None:
+    """The benchmark's day: a look every 15 s, and more at its switches."""
+    assert bench_day.day() > 86_400 / 15
 
 
 @pytest.mark.parametrize("host", ["localhost:11434", "127.0.0.1", "[::1]:11434", "10.0.0.5", "box.local", "x.internal"])

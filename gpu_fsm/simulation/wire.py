@@ -138,15 +138,17 @@ class Exchange:
         callback, self.on_leave = self.on_leave, None
         if callback is not None:
             callback()
-        if self.note is not None:
-            self.note("client left")
-        self._stir()
+        self._tell("client left")
 
     def _end(self, outcome: str, *, finished: bool = True) -> None:
         self.finished = finished
         self.on_leave = None
-        if self.note is not None:
-            self.note(outcome or "ok")
+        self._tell(outcome or "ok")
+
+    def _tell(self, outcome: str) -> None:
+        note, self.note = self.note, None  # it knows this exchange: kept, only the garbage collector could free the two
+        if note is not None:
+            note(outcome)
         self._stir()
 
     def _stir(self) -> None:
